@@ -1,0 +1,262 @@
+"""The command line: three groups of flags, parsed by `HfArgumentParser`, checked before anything loads.
+
+Flags keep the spelling of the reference; those of `transformers.TrainingArguments` keep theirs. Flags whose default is
+None follow the checkpoint (`models.RewardSettings`), and the reference's default where it records nothing.
+"""
+
+import difflib
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import HfArg
+from transformers.utils import strtobool
+
+from reward_datasets import InputError
+
+logger = logging.getLogger(__name__)
+
+# Flags that the reference accepts and reads nowhere.
+UNUSED_FLAGS = (
+    *("reward_domain", "data_dir", "data_path", "data_prefix", "format_mode", "contrast_loss_coeff", "batch_size"),
+    *("micro_batch_size", "valid_data_size", "max_response_num"),
+)
+# Flags of older transformers releases, with what replaced them.
+RENAMED_FLAGS = {
+    "--overwrite_output_dir": "gone; choose an empty --output_dir, or go on with --resume_from_checkpoint true",
+    "--no_cuda": "now --use_cpu",
+    "--warmup_ratio": "now --warmup_steps, which also takes a ratio below 1",
+    "--group_by_length": "now --train_sampling_strategy group_by_length",
+    "--logging_dir": "now the environment variable TENSORBOARD_LOGGING_DIR",
+    "--save_safetensors": "gone; weights are always saved as safetensors",
+    "--per_gpu_train_batch_size": "now --per_device_train_batch_size",
+    "--per_gpu_eval_batch_size": "now --per_device_eval_batch_size",
+}
+
+
+@dataclass
+class ModelArguments:
+    """The model and its tokenizer."""
+
+    model_name_or_path: str = HfArg(help="Folder or Hub name of a pretrained LLaMA or of a reward model.")
+    model_type: Literal["reward"] = HfArg(default="reward", help="What to build: a reward model.")
+    tokenizer_path: str | None = HfArg(default=None, help="Where the tokenizer is, if not with the model.")
+    pooling_type: Literal["last", "eos", "average", "max"] | None = HfArg(
+        default=None, help="The token(s) whose reward counts: last is the one before eos (reference default: average)."
+    )
+    padding_side: Literal["right", "left"] = HfArg(default="right", help="Side of the padding; changes no reward.")
+    truncation_side: Literal["left", "right"] | None = HfArg(
+        default=None, help="Side that is cut off beyond max_length (reference default: left)."
+    )
+    max_length: int | None = HfArg(default=None, help="Longest sequence in tokens (reference default: 256).")
+    add_sep_token: bool | None = HfArg(
+        default=None,
+        metadata={"nargs": "?", "const": True},
+        help="Put a separator token between prompt and response (reference default: False).",
+    )
+    tokenizer_backend: Literal["sentencepiece", "transformers"] | None = HfArg(
+        default=None,
+        help="Whose ids to use for a checkpoint with tokenizer.model: sentencepiece's, as the reference was trained "
+        "with, or those of transformers 5, which differ after a space (default: sentencepiece).",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
+        default="float32", help="Type of the weights in memory; --bf16 computes in bfloat16 on float32 weights."
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and self.max_length < 8:
+            raise InputError(f"--max_length {self.max_length}: expected at least 8 tokens")
+
+
+@dataclass
+class DataArguments:
+    """The data files."""
+
+    data_type: Literal["comparison_pair", "reject_sample"] = HfArg(
+        default="comparison_pair",
+        help="comparison_pair: text-scores or prompt/chosen/rejected records; reject_sample: answers to score.",
+    )
+    train_data_path: list[str] = field(default_factory=list, metadata={"help": "Training files."})
+    eval_data_path: list[str] = field(
+        default_factory=list, metadata={"help": "Evaluation files, each evaluated under its own name; files to score."}
+    )
+    data_suffix: str = HfArg(default="reward_model", help="Names the model in <data>_pred_<suffix>_results.json.")
+    cache_dir: str | None = HfArg(default=None, help="Cache of tokenised data (default: the one of datasets).")
+
+
+@dataclass
+class RewardTrainingArguments(TrainingArguments):
+    """What to do, the loss, the evaluation; everything else is `transformers.TrainingArguments`."""
+
+    task_type: Literal["training", "hh_split", "apo", "inference"] = HfArg(
+        default="training", help="training, hh_split: ranking loss; apo: APO loss; inference: score --eval_data_path."
+    )
+    apo_loss_type: Literal["ranking", "diff"] = HfArg(
+        default="ranking", help="Loss on golden-over-sampled pairs: ranking, or diff, the score difference (Eq. 12)."
+    )
+    apo_loss_coeff: float = HfArg(default=0.0, help="Weight of the loss on golden-over-sampled pairs.")
+    apo_sample_num: int = HfArg(default=1, help="Sampled responses per golden response; divides apo_loss_coeff.")
+    rm_kl_coeff: float = HfArg(default=1.0, help="Weight of the ranking loss on human pairs under --task_type apo.")
+    lm_loss_coeff: float = HfArg(default=0.0, help="Weight of the language-modelling loss on good responses.")
+    lm_score_thresh: float = HfArg(
+        default=0.85, help="A response is modelled if its normalised score is above this threshold."
+    )
+    eval_at_start: bool = HfArg(default=False, help="Evaluate before the first step too.")
+    rm_calibration: bool = HfArg(default=False, help="Report calibration errors (ECE, ACE, MCE).")
+    calibration_bins: list[int] = field(
+        default_factory=lambda: [10], metadata={"help": "Numbers of bins of the calibration errors."}
+    )
+    save_calibration: bool = HfArg(default=False, help="Save the reliability diagram of each evaluation set.")
+    debug_mode: bool = HfArg(default=False, help="Use the first 64 records of each file only.")
+    eval_strategy: str = HfArg(
+        default="no", aliases=["--evaluation_strategy"], help="When to evaluate: no, steps or epoch."
+    )
+    remove_unused_columns: bool = HfArg(default=False, help="No effect: the columns of the data are fixed.")
+    include_num_input_tokens_seen: str = HfArg(
+        default="non_padding", help="Tokens to count in the log: non_padding, all or no."
+    )
+    label_names: list[str] = field(
+        default_factory=lambda: ["scores", "apo_mask"], metadata={"help": "Columns gathered beside the rewards."}
+    )
+
+    def __post_init__(self) -> None:
+        self._check_loss()
+        if self.remove_unused_columns:
+            logger.warning("--remove_unused_columns has no effect: the columns of the data are fixed")
+            self.remove_unused_columns = False
+        if self.deepspeed:
+            self._check_deepspeed()
+        super().__post_init__()
+        num_processes = int(os.environ.get("WORLD_SIZE", 1))
+        if self.world_size != num_processes:
+            raise InputError(
+                f"{num_processes} processes were launched, but each would train alone on all the data: "
+                "no accelerator was found; add --use_cpu true to train on the CPU"
+            )
+        self.eval_on_start = self.eval_on_start or self.eval_at_start
+
+    def _check_loss(self) -> None:
+        for name in ("apo_loss_coeff", "rm_kl_coeff", "lm_loss_coeff"):
+            if getattr(self, name) < 0:
+                raise InputError(f"--{name} {getattr(self, name)}: expected 0 or more")
+        if self.apo_sample_num < 1:
+            raise InputError(f"--apo_sample_num {self.apo_sample_num}: expected 1 or more")
+        if min(self.calibration_bins) < 1:
+            raise InputError(f"--calibration_bins {self.calibration_bins}: expected numbers of 1 or more")
+        if self.task_type == "apo" and self.apo_loss_coeff == 0:
+            logger.warning("--task_type apo with --apo_loss_coeff 0: golden-over-sampled pairs are not learnt from")
+        if self.task_type != "apo" and (self.apo_loss_coeff, self.rm_kl_coeff) != (0, 1):
+            logger.warning("--apo_loss_coeff and --rm_kl_coeff have no effect with --task_type %s", self.task_type)
+        if self.save_calibration and not self.rm_calibration:
+            logger.warning("--save_calibration turns --rm_calibration on")
+            self.rm_calibration = True
+
+    def _check_deepspeed(self) -> None:
+        """Refuses a config that cannot be read, or that accelerate would drop without a word."""
+        if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
+            try:
+                json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
+            except OSError as error:
+                raise InputError(f"--deepspeed {self.deepspeed}: {error.strerror}; give a DeepSpeed JSON file") from error
+            except ValueError as error:
+                raise InputError(f"--deepspeed {self.deepspeed}: broken JSON ({error}); give a DeepSpeed JSON file") from error
+        if strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")):
+            raise InputError(
+                "ACCELERATE_USE_CPU is set and would drop the DeepSpeed config silently; unset it and add --use_cpu true"
+            )
+        # A plain `python` start is a run of one process.
+        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+            os.environ.setdefault(name, value)
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+
+
+class _OneLineParser(HfArgumentParser):
+    """Says what is wrong with the command line in one line instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RewardTrainingArguments]:
+    """Parses the command line.
+
+    Raises:
+        InputError: an unknown flag (with a suggestion), a wrong value, or flags that contradict each other.
+    """
+    parser = _OneLineParser((ModelArguments, DataArguments, RewardTrainingArguments), allow_abbrev=False)
+    for name in UNUSED_FLAGS:
+        parser.add_argument(f"--{name}", nargs="*", help="Accepted because the reference has it; no effect.")
+    argv = sys.argv[1:] if argv is None else argv
+    _, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(_unknown_flag(unknown[0], list(parser._option_string_actions)))
+    try:
+        model_args, data_args, args, unused = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    except InputError:
+        raise
+    except (ValueError, ImportError, TypeError) as error:  # transformers checks its own flags
+        raise InputError(" ".join(str(error).split())) from error
+    for name, value in vars(unused).items():
+        if value is not None:
+            logger.warning("--%s has no effect; it is accepted because the reference has it", name)
+    _check_task(data_args, args)
+    return model_args, data_args, args
+
+
+def _unknown_flag(flag: str, known: list[str]) -> str:
+    name = flag.split("=")[0]
+    if name in RENAMED_FLAGS:
+        return f"{name} is no flag of transformers 5: {RENAMED_FLAGS[name]}"
+    if not name.startswith("-"):
+        return f'"{flag}" belongs to no flag; expected --flag value'
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else "; see --help")
+
+
+def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None:
+    if args.task_type == "inference":
+        if args.do_train:
+            raise InputError("--task_type inference scores --eval_data_path; it takes no --do_train True")
+        if not data_args.eval_data_path:
+            raise InputError("--task_type inference needs the files to score in --eval_data_path")
+        return
+    if data_args.data_type != "comparison_pair":
+        raise InputError(f"--data_type {data_args.data_type} is for --task_type inference; expected comparison_pair")
+    if args.do_train and not data_args.train_data_path:
+        raise InputError("--do_train True without training data; give --train_data_path")
+    if not args.do_train and not data_args.eval_data_path:
+        raise InputError("nothing to do: give --do_train True with --train_data_path, or --eval_data_path")
+    if args.eval_strategy != "no" and not data_args.eval_data_path:
+        raise InputError(f"--eval_strategy {args.eval_strategy.value} without --eval_data_path")
+    if args.do_train:
+        check_output_dir(args)
+
+
+def check_output_dir(args: RewardTrainingArguments) -> None:
+    """Settles `--resume_from_checkpoint`, and refuses to mix a new run with the checkpoints of another.
+
+    Raises:
+        InputError: checkpoints in the output folder of a new run, or no checkpoint to resume from.
+    """
+    checkpoints = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+    resume = str(args.resume_from_checkpoint or "false")
+    if resume.lower() == "false":
+        args.resume_from_checkpoint = None
+        if checkpoints:
+            raise InputError(
+                f"{args.output_dir} holds checkpoints of another run ({checkpoints[-1].name}); choose another "
+                "--output_dir, or go on with --resume_from_checkpoint true"
+            )
+        return
+    if resume.lower() == "true" and not checkpoints:
+        raise InputError(f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint-*")
+    checkpoint = checkpoints[-1] if resume.lower() == "true" else Path(resume)
+    if not (checkpoint / "trainer_state.json").is_file():
+        raise InputError(f"--resume_from_checkpoint {checkpoint}: no trainer_state.json there; expected a checkpoint-N")
+    args.resume_from_checkpoint = str(checkpoint)

@@ -1,0 +1,333 @@
+"""The reward model: a LLaMA with a scalar head, its pooling, its tokenizer roles, loading and saving.
+
+Dimension key, for every module of the project:
+
+    B  prompts (items) of a batch        N  sequences, all present responses of a batch (B*R where none is absent)
+    R  responses per prompt, at most     T  tokens of the longest sequence
+    D  hidden size                       V  vocabulary size
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaModel, LlamaPreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import ModelOutput, cached_file
+
+from reward_datasets import InputError
+
+logger = logging.getLogger(__name__)
+
+POOLING_TYPES = ("last", "eos", "average", "max")
+SIDES = ("left", "right")
+SENTENCEPIECE_ROLES = ("<0x00>", "<0x01>")  # LLaMA-1/2: ids 3 (pad) and 4 (separator), bytes that no text contains
+ADDED_ROLES = ("<|reward_pad|>", "<|reward_sep|>")
+
+
+@dataclass
+class RewardSettings:
+    """What scoring must repeat from training; `config.json` records it as `reward_settings`.
+
+    The defaults are the reference's.
+    """
+
+    pooling_type: str = "average"
+    max_length: int = 256
+    truncation_side: str = "left"
+    add_sep_token: bool = False
+    tokenizer_backend: str = "sentencepiece"
+    sep_token_id: int | None = None
+
+
+def resolve_settings(config: LlamaConfig, **flags: Any) -> RewardSettings:
+    """Settles each setting: the flag if it was given, else what the checkpoint records, else the reference's default.
+
+    A flag that contradicts the checkpoint wins, with a warning.
+    """
+    recorded = getattr(config, "reward_settings", {})
+    given = {name: value for name, value in flags.items() if value is not None}
+    for name, value in given.items():
+        if name in recorded and recorded[name] != value:
+            logger.warning("--%s %s contradicts the checkpoint, which was trained with %s", name, value, recorded[name])
+    return RewardSettings(**{**recorded, **given})
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+
+class RewardTokenizer:
+    """A tokenizer whose pad and separator roles are settled, and whose ids for LLaMA-1/2 are sentencepiece's own.
+
+    transformers 5 encodes text that begins with a space in another way than sentencepiece, and almost every response
+    begins with one, so a checkpoint that ships `tokenizer.model` is encoded by sentencepiece itself, unless it was
+    trained on the ids of transformers.
+    """
+
+    model_input_names = ("input_ids", "attention_mask")
+
+    def __init__(
+        self,
+        hf_tokenizer: PreTrainedTokenizerBase,
+        sentencepiece_path: str | None,
+        backend: str,
+        pad_token_id: int,
+        sep_token_id: int,
+    ) -> None:
+        self.hf_tokenizer = hf_tokenizer
+        self.sentencepiece_path = sentencepiece_path
+        use_sentencepiece = backend == "sentencepiece" and sentencepiece_path
+        self._sentencepiece = SentencePieceProcessor(model_file=sentencepiece_path) if use_sentencepiece else None
+        self.bos_token_id: int = hf_tokenizer.bos_token_id
+        self.eos_token_id: int = hf_tokenizer.eos_token_id
+        self.pad_token_id = pad_token_id
+        self.sep_token_id = sep_token_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies everything that the ids depend on, for the cache of tokenised data."""
+        if self._sentencepiece:
+            vocabulary = Path(self.sentencepiece_path).read_bytes()
+        else:
+            vocabulary = self.hf_tokenizer.backend_tokenizer.to_str().encode()
+        roles = [self.bos_token_id, self.eos_token_id, self.pad_token_id, self.sep_token_id]
+        return hashlib.sha256(vocabulary + json.dumps(roles).encode()).hexdigest()
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Encodes texts without special tokens; ids of the pad and separator roles never come from text."""
+        if self._sentencepiece:
+            batch = self._sentencepiece.encode(texts)
+        else:
+            batch = self.hf_tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        roles = (self.pad_token_id, self.sep_token_id)
+        return [
+            ids if roles[0] not in ids and roles[1] not in ids else [i for i in ids if i not in roles] for ids in batch
+        ]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of a token sequence, special tokens shown."""
+        return self.hf_tokenizer.decode(ids)
+
+    def save_pretrained(self, output_dir: str | Path) -> None:
+        """Saves the tokenizer so that `load_reward_tokenizer` gives the same ids and roles."""
+        self.hf_tokenizer.save_pretrained(output_dir)
+        if self.sentencepiece_path and Path(self.sentencepiece_path).parent != Path(output_dir):
+            shutil.copyfile(self.sentencepiece_path, Path(output_dir) / "tokenizer.model")
+
+
+def load_reward_tokenizer(
+    path: str, config: LlamaConfig | None = None, backend: str = "sentencepiece"
+) -> RewardTokenizer:
+    """Loads the tokenizer of a model and settles its pad and separator roles.
+
+    The rule: (1) what the checkpoint records, if it is a reward model of this project; (2) for sentencepiece with byte
+    fallback, as in LLaMA-1/2, the byte pieces <0x00> and <0x01>, ids 3 and 4; (3) else pad is the tokenizer's own
+    pad token unless that is also bos, eos or unk, and the roles still open go, in order of id, to special tokens that
+    are neither one of these nor in the chat template; (4) else new tokens are added and the embedding table grows.
+
+    Args:
+        path: a model folder, or a name on the Hub.
+        config: the model's config; read from `path` if absent.
+        backend: `sentencepiece`, the ids of `tokenizer.model` where there is one; or `transformers`, those of the HF
+            tokenizer, for a model that was trained on them.
+
+    Raises:
+        InputError: no usable tokenizer there.
+    """
+    config = config or load_config(path)
+    try:
+        hf_tokenizer = AutoTokenizer.from_pretrained(path)
+        sentencepiece_path = cached_file(path, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
+        if hf_tokenizer.bos_token_id is None or hf_tokenizer.eos_token_id is None:
+            raise InputError(f"{path}: the tokenizer has no bos or no eos token; expected both")
+        pad_token_id, sep_token_id = _settle_roles(hf_tokenizer, sentencepiece_path, config)
+        hf_tokenizer.pad_token = hf_tokenizer.convert_ids_to_tokens(pad_token_id)
+        hf_tokenizer.model_max_length = int(1e30)  # lengths are ours to check; without this it warns at every long text
+        return RewardTokenizer(hf_tokenizer, sentencepiece_path, backend, pad_token_id, sep_token_id)
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+
+
+def _settle_roles(
+    hf_tokenizer: PreTrainedTokenizerBase, sentencepiece_path: str | None, config: LlamaConfig
+) -> tuple[int, int]:
+    recorded = getattr(config, "reward_settings", {})
+    if recorded.get("sep_token_id") is not None:
+        return config.pad_token_id, recorded["sep_token_id"]
+    if sentencepiece_path:
+        processor = SentencePieceProcessor(model_file=sentencepiece_path)
+        pad_token_id, sep_token_id = (processor.piece_to_id(piece) for piece in SENTENCEPIECE_ROLES)
+        if processor.is_byte(pad_token_id) and processor.is_byte(sep_token_id):
+            return pad_token_id, sep_token_id
+    used = {hf_tokenizer.bos_token_id, hf_tokenizer.eos_token_id, hf_tokenizer.unk_token_id}
+    own_pad = [] if hf_tokenizer.pad_token_id in {None, *used} else [hf_tokenizer.pad_token_id]
+    template = str(hf_tokenizer.chat_template or "")
+    spare = [
+        token_id
+        for token_id, token in sorted(hf_tokenizer.added_tokens_decoder.items())
+        if token.special and token_id not in {*used, *own_pad} and token.content not in template
+    ]
+    roles = (own_pad + spare)[:2]
+    if len(roles) < 2:
+        hf_tokenizer.add_special_tokens({"additional_special_tokens": list(ADDED_ROLES[len(roles) :])})
+        roles += [hf_tokenizer.convert_tokens_to_ids(token) for token in ADDED_ROLES[len(roles) :]]
+    return roles[0], roles[1]
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+@dataclass
+class RewardModelOutput(ModelOutput):
+    """`rewards` (N,) float32; `lm_losses` (N,) mean next-token loss of each sequence, only with an LM head."""
+
+    rewards: Tensor | None = None
+    lm_losses: Tensor | None = None
+
+
+def pool_rewards(token_rewards: Tensor, attention_mask: Tensor, pooling_type: str) -> Tensor:
+    """Reduces the reward of every token to one reward per sequence.
+
+    `eos` is the last token, `last` the one before it (the reference's name for the position before end of sequence),
+    `average` and `max` run over the tokens of the sequence; padding never takes part.
+
+    Args:
+        token_rewards: (N, T).
+        attention_mask: (N, T), 1 = token, padded on either side.
+        pooling_type: one of `POOLING_TYPES`.
+
+    Returns:
+        (N,).
+    """
+    mask = attention_mask.bool()
+    if pooling_type == "average":
+        return (token_rewards * mask).sum(-1) / mask.sum(-1)
+    if pooling_type == "max":
+        return token_rewards.masked_fill(~mask, -torch.inf).max(-1).values
+    positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    first, last = (positions.masked_fill(~mask, mask.shape[1]).min(-1), positions.masked_fill(~mask, -1).max(-1))
+    index = last.values if pooling_type == "eos" else torch.maximum(last.values - 1, first.values)
+    return token_rewards.gather(1, index[:, None]).squeeze(1)
+
+
+class LlamaRewardModel(LlamaPreTrainedModel):
+    """LLaMA with a linear head of one output and no bias: keys `model.*`, `reward_head.weight`, and, only with
+    `with_lm_head`, `lm_head.weight`; otherwise an LM head in the checkpoint is read over and dropped."""
+
+    _keys_to_ignore_on_load_unexpected = (r"lm_head\.weight",)
+
+    def __init__(self, config: LlamaConfig, with_lm_head: bool = False) -> None:
+        super().__init__(config)
+        self.model = LlamaModel(config)
+        self.reward_head = nn.Linear(config.hidden_size, 1, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if with_lm_head else None
+        if with_lm_head:
+            self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+        self.post_init()
+
+    @property
+    def settings(self) -> RewardSettings:
+        """The recorded settings of this model."""
+        return RewardSettings(**getattr(self.config, "reward_settings", {}))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> RewardModelOutput:
+        """Scores sequences.
+
+        Args:
+            input_ids: (N, T) token ids, padded on either side.
+            attention_mask: (N, T), 1 = token.
+
+        Returns:
+            `RewardModelOutput`. Padding and its side change no reward: positions count from the first real token.
+        """
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+        hidden = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state  # (N, T, D)
+        token_rewards = self.reward_head(hidden).squeeze(-1).float()  # (N, T)
+        return RewardModelOutput(
+            rewards=pool_rewards(token_rewards, attention_mask, self.settings.pooling_type),
+            lm_losses=self._lm_losses(hidden, input_ids, attention_mask) if self.lm_head is not None else None,
+        )
+
+    def _lm_losses(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Mean next-token cross entropy over the unmasked targets of each sequence, (N,)."""
+        logits = self.lm_head(hidden[:, :-1]).float()  # (N, T-1, V)
+        losses = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")  # (N, T-1)
+        mask = attention_mask[:, :-1] * attention_mask[:, 1:]
+        return (losses * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def load_config(path: str) -> LlamaConfig:
+    """Reads the config of a LLaMA-like model from a folder or the Hub.
+
+    Raises:
+        InputError: no such model, no or a broken `config.json`, or another architecture.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: the model folder has no config.json; expected a folder that save_pretrained wrote")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path}: no model there ({reason}); expected a model folder or the name of a model on the Hub"
+        ) from error
+    if not isinstance(config, LlamaConfig):
+        raise InputError(f"{path}: found the architecture {config.model_type}, expected llama")
+    return config
+
+
+def load_reward_model(
+    path: str,
+    config: LlamaConfig,
+    tokenizer: RewardTokenizer,
+    settings: RewardSettings,
+    *,
+    seed: int,
+    with_lm_head: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[LlamaRewardModel, bool]:
+    """Loads a pretrained LLaMA, or a reward model, and says where its reward head came from.
+
+    An existing head is never initialised again. Seed the generators before the call.
+
+    Returns:
+        The model and whether its reward head was loaded (False: freshly initialised).
+
+    Raises:
+        InputError: the checkpoint lacks weights other than the reward head.
+    """
+    config.pad_token_id = tokenizer.pad_token_id
+    config.reward_settings = asdict(settings)
+    try:
+        model, info = LlamaRewardModel.from_pretrained(
+            path, config=config, dtype=dtype, with_lm_head=with_lm_head, output_loading_info=True
+        )
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error
+    missing = set(info["missing_keys"]) - {"reward_head.weight"}
+    if missing:
+        names = ", ".join(sorted(missing)[:3])
+        raise InputError(f"{path}: the checkpoint lacks {len(missing)} weights ({names}); expected a complete LLaMA")
+    if len(tokenizer.hf_tokenizer) > config.vocab_size:
+        logger.info("embedding table grown from %d to %d tokens", config.vocab_size, len(tokenizer.hf_tokenizer))
+        model.resize_token_embeddings(len(tokenizer.hf_tokenizer))
+    head_loaded = "reward_head.weight" not in info["missing_keys"]
+    logger.info("reward head: %s", f"loaded from {path}" if head_loaded else f"initialised (seed {seed})")
+    return model, head_loaded

@@ -1,0 +1,526 @@
+"""Preference data: file -> records -> token ids -> batches. The only module that knows the file formats.
+
+A *text-scores* record (the reference's format) holds R >= 2 responses to one prompt, the higher score preferred:
+
+    {"text": ["<prompt><sep><response>", ...], "scores": [1.0, 0.0, ...], "query_id": "...", "type": "apo"}
+
+`query_id` and `type` are optional; `"type": "apo"` marks golden-over-sampled items. `prompt` / `chosen` / `rejected`
+records, plain or conversational, are read too. For scoring (`--data_type reject_sample`) a record is
+`{"query_id": ..., "query": "<prompt>", "sample_0": "<response>", ...}`.
+
+Heavy packages are imported inside the functions that need them, so that tools may use the readers at no cost.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import datasets
+    import torch
+
+    from models import RewardTokenizer
+
+logger = logging.getLogger(__name__)
+
+SEPARATOR = "<sep>"
+DATA_TYPES = ("comparison_pair", "reject_sample")
+ABSENT_SCORE = -1.0  # marks the empty places of a ragged (B, R) score matrix
+NUM_SHOWN_PROBLEMS = 5
+TOKENIZE_BATCH_SIZE = 512
+DATASET_VERSION = 1  # part of the cache key: raise it when the rows of `tokenize_records` change
+
+
+class InputError(ValueError):
+    """Wrong input from outside. Its text is the one line that the user reads: what came, what was expected."""
+
+
+def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Makes a script's `main` end with one line on stderr and exit status 2 on an `InputError`.
+
+    Under torchrun every process finds the same error; only the first of each machine prints it.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            main(*args, **kwargs)
+        except InputError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Writes `obj` as JSON to a temporary name beside `path`, then renames: a killed run leaves no half file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(obj, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Returns the sha256 of a file's bytes in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """Reads a JSON list, JSON lines (either of them also as `.gz`) or a `.parquet` file.
+
+    Returns:
+        One (place, record) per record, in file order; the place is "record 3" (from 1), or "line 3" for JSON lines.
+
+    Raises:
+        InputError: no such file, empty, broken (with the position), or a record that is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the path of an existing .json, .jsonl, .gz or .parquet file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty; expected preference records")
+    if path.suffix == ".parquet":
+        placed = _read_parquet(path)
+    else:
+        placed = _parse_json(path, _read_text(path))
+    if not placed:
+        raise InputError(f"{path}: the file holds no records; expected at least one")
+    problems = [f"{place}: found {_describe(r)}, expected an object" for place, r in placed if not isinstance(r, dict)]
+    _raise_bad_records(path, problems)
+    return placed
+
+
+def _read_text(path: Path) -> str:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            return file.read()
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        raise InputError(f"{path}: cannot be read as {'gzipped ' * (path.suffix == '.gz')}UTF-8 ({error})") from error
+
+
+def _read_parquet(path: Path) -> list[tuple[str, Any]]:
+    import datasets
+
+    try:
+        rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+    except Exception as error:  # pyarrow and datasets raise many kinds for a broken file
+        raise InputError(f"{path}: cannot be read as parquet ({error.__cause__ or error})") from error
+    rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    return [(f"record {i}", row) for i, row in enumerate(rows, start=1)]
+
+
+def _parse_json(path: Path, text: str) -> list[tuple[str, Any]]:
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty; expected preference records")
+    if text.lstrip().startswith("["):
+        return [(f"record {i}", r) for i, r in enumerate(_loads(path, text), start=1)]
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [(f"line {n}", _loads(path, line, first_line=n)) for n, line in lines]
+
+
+def _loads(path: Path, text: str, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {first_line + error.lineno - 1} column {error.colno}"
+        raise InputError(
+            f"{path}: broken JSON at {place}: {error.msg}; expected a JSON list of records, or one record per line"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ validating
+
+
+class _BadField(Exception):
+    """A field of one record is wrong; becomes one part of the `InputError` of its file."""
+
+    def __init__(self, field: str, found: str, expected: str) -> None:
+        super().__init__(f'field "{field}": found {found}, expected {expected}')
+
+
+@dataclass(slots=True)
+class PreferenceRecord:
+    """R responses, each with its prompt (the same one, as a rule) and its preference score (higher is better)."""
+
+    prompts: list[str]
+    responses: list[str]
+    scores: list[float]
+    query_id: str
+    answer_keys: list[str]
+    is_apo: bool = False
+
+
+def load_preference_data(path: str | Path, data_type: str, add_sep_token: bool = False) -> list[PreferenceRecord]:
+    """Reads and validates a whole file.
+
+    Args:
+        path: `.json`, `.jsonl`, `.gz` of these, or `.parquet`.
+        data_type: `comparison_pair` (text-scores or prompt / chosen / rejected records) or `reject_sample`.
+        add_sep_token: whether every text must hold one `<sep>`; without it a text that has none is one whole sequence.
+
+    Raises:
+        InputError: one line that counts all bad records and shows the first five with place, field, found, expected.
+    """
+    assert data_type in DATA_TYPES, data_type
+    records, problems = [], []
+    for index, (place, raw) in enumerate(read_records(path)):
+        try:
+            if data_type == "reject_sample":
+                records.append(_parse_answers(raw))
+            else:
+                records.append(_parse_preference(raw, str(index), add_sep_token))
+        except _BadField as error:
+            problems.append(f"{place}: {error}")
+    _raise_bad_records(path, problems)
+    return records
+
+
+def _raise_bad_records(path: str | Path, problems: list[str]) -> None:
+    if not problems:
+        return
+    count = f"{len(problems)} bad records: " if len(problems) > 1 else ""
+    more = f"; and {len(problems) - NUM_SHOWN_PROBLEMS} more" if len(problems) > NUM_SHOWN_PROBLEMS else ""
+    raise InputError(f"{path}: {count}{'; '.join(problems[:NUM_SHOWN_PROBLEMS])}{more}")
+
+
+def _describe(value: Any) -> str:
+    """A value as the words of an error message."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return f"the string {json.dumps(value[:40], ensure_ascii=False)}{'...' * (len(value) > 40)}" if value else '""'
+    if isinstance(value, (int, float)):
+        return f"the number {value}"
+    return f"a list of {len(value)}" if isinstance(value, list) else f"an object with {', '.join(value) or 'no fields'}"
+
+
+def _require_text(raw: dict[str, Any], field: str, value: Any = None) -> str:
+    if value is None and field not in raw:
+        raise _BadField(field, f"no such field (the record has {', '.join(raw) or 'none'})", "a string")
+    value = raw[field] if value is None else value
+    if not isinstance(value, str) or not value.strip():
+        raise _BadField(field, _describe(value), "a non-empty string")
+    return value
+
+
+def _require_list(raw: dict[str, Any], field: str, expected: str) -> list[Any]:
+    if field not in raw:
+        raise _BadField(field, f"no such field (the record has {', '.join(raw) or 'none'})", expected)
+    if not isinstance(raw[field], list):
+        raise _BadField(field, _describe(raw[field]), expected)
+    return raw[field]
+
+
+def _require_query_id(raw: dict[str, Any], default: str) -> str:
+    query_id = raw.get("query_id", default)
+    if isinstance(query_id, bool) or not isinstance(query_id, (str, int)):
+        raise _BadField("query_id", _describe(query_id), "a string or an integer")
+    return str(query_id)
+
+
+def _split_text(text: str, add_sep_token: bool, field: str) -> tuple[str, str]:
+    """Splits "<prompt><sep><response>"; a text without `<sep>` is a response to no prompt."""
+    parts = text.split(SEPARATOR)
+    if len(parts) == 2:
+        return parts[0], parts[1]
+    if len(parts) > 2:
+        raise _BadField(field, f"{len(parts) - 1} {SEPARATOR}", f"one {SEPARATOR} between prompt and response")
+    if add_sep_token:
+        raise _BadField(field, f"no {SEPARATOR}", f"one {SEPARATOR}, or a run without --add_sep_token")
+    return "", text
+
+
+def _parse_preference(raw: dict[str, Any], default_id: str, add_sep_token: bool) -> PreferenceRecord:
+    if "text" not in raw and ("chosen" in raw or "rejected" in raw):
+        texts, scores = _pair_texts(raw), [1.0, 0.0]
+    else:
+        texts = _require_list(raw, "text", "a list of at least two texts")
+        scores = _require_list(raw, "scores", "a list of numbers, one for each text")
+    if len(texts) < 2:
+        raise _BadField("text", f"{len(texts)} response(s)", "at least two")
+    if len(scores) != len(texts):
+        raise _BadField("scores", f"{len(scores)} scores", f"{len(texts)}, one for each text")
+    for i, score in enumerate(scores):
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise _BadField(f"scores[{i}]", _describe(score), "a finite number")
+    splits = [
+        _split_text(_require_text(raw, f"text[{i}]", "" if text is None else text), add_sep_token, f"text[{i}]")
+        for i, text in enumerate(texts)
+    ]
+    return PreferenceRecord(
+        prompts=[prompt for prompt, _ in splits],
+        responses=[response for _, response in splits],
+        scores=[float(score) for score in scores],
+        query_id=_require_query_id(raw, default_id),
+        answer_keys=[str(i) for i in range(len(texts))],
+        is_apo=raw.get("type") == "apo",
+    )
+
+
+def _pair_texts(raw: dict[str, Any]) -> list[str]:
+    """The two texts of a prompt / chosen / rejected record, chosen first."""
+    if isinstance(raw.get("chosen"), list):
+        dialogues = [_require_list(raw, field, "a list of messages") for field in ("chosen", "rejected")]
+        prompt = raw.get("prompt", [])
+        return [_render_dialogue(prompt, dialogue) for dialogue in dialogues]
+    chosen, rejected = _require_text(raw, "chosen"), _require_text(raw, "rejected")
+    if "prompt" not in raw:
+        return [chosen, rejected]
+    prompt = _require_text(raw, "prompt")
+    return [prompt + SEPARATOR + chosen, prompt + SEPARATOR + rejected]
+
+
+def _render_dialogue(prompt: Any, dialogue: list[Any]) -> str:
+    """Messages in the Helpful&Harmless form: "\\n\\nHuman: ...\\n\\nAssistant:<sep> <last answer>"."""
+    if not isinstance(prompt, list):
+        raise _BadField("prompt", _describe(prompt), "a list of messages, as in chosen and rejected")
+    roles = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: "}
+    messages = prompt + dialogue
+    for message in messages:
+        if not (isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)):
+            expected = "a message with a role (user, assistant, system) and a content string"
+            raise _BadField("chosen/rejected", _describe(message), expected)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise _BadField("chosen/rejected", "no assistant message at the end", "one")
+    context = "".join(roles[m["role"]] + m["content"] for m in messages[:-1])
+    return f"{context}\n\nAssistant:{SEPARATOR} {messages[-1]['content']}"
+
+
+def is_answer_key(key: str) -> bool:
+    """Whether a field of a `reject_sample` record holds an answer to score."""
+    return key.startswith(("sample_", "ans_")) or "gpt4" in key
+
+
+def _parse_answers(raw: dict[str, Any]) -> PreferenceRecord:
+    if "query_id" not in raw:
+        raise _BadField("query_id", f"no such field (the record has {', '.join(raw) or 'none'})", "a string")
+    query = _require_text(raw, "query")
+    keys = [key for key in raw if is_answer_key(key)]
+    if not keys:
+        raise _BadField("sample_0", f"no answer (the record has {', '.join(raw)})", "fields sample_0, sample_1, ...")
+    for key in keys:
+        if not isinstance(raw[key], str):
+            raise _BadField(key, _describe(raw[key]), "a string")
+    return PreferenceRecord(
+        prompts=[query] * len(keys),
+        responses=[raw[key] for key in keys],
+        scores=[0.0] * len(keys),
+        query_id=_require_query_id(raw, ""),
+        answer_keys=keys,
+    )
+
+
+# ------------------------------------------------------------------------------------------------ tokenising
+
+
+def normalize_scores(scores: list[float]) -> list[float]:
+    """Min-max normalises the scores of one item into (0, 1): (s - min + 1e-5) / (max - min + 2e-5)."""
+    low, high = min(scores), max(scores)
+    return [(score - low + 1e-5) / (high - low + 2e-5) for score in scores]
+
+
+def build_sequence(
+    prompt_ids: list[int],
+    response_ids: list[int],
+    tokenizer: RewardTokenizer,
+    *,
+    max_length: int,
+    truncation_side: str,
+    add_sep_token: bool,
+) -> list[int]:
+    """Returns bos + prompt + [sep] + response + eos, cut to `max_length` tokens at the truncation side."""
+    separator = [tokenizer.sep_token_id] if add_sep_token else []
+    ids = [tokenizer.bos_token_id, *prompt_ids, *separator, *response_ids, tokenizer.eos_token_id]
+    return ids[-max_length:] if truncation_side == "left" else ids[:max_length]
+
+
+def tokenize_records(
+    records: list[PreferenceRecord],
+    tokenizer: RewardTokenizer,
+    *,
+    max_length: int,
+    truncation_side: str,
+    add_sep_token: bool,
+) -> Iterator[dict[str, Any]]:
+    """Yields one row per record; prompt and response are encoded apart, so their border never merges.
+
+    Row: `input_ids` R lists of ids, `scores` R normalised scores, `is_apo`, `query_id`, `answer_keys`, and three counts:
+    `num_pairs` (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical`
+    (pairs whose two sequences became the same, so that nothing can be learnt from them).
+    """
+    for start in range(0, len(records), TOKENIZE_BATCH_SIZE):
+        batch = records[start : start + TOKENIZE_BATCH_SIZE]
+        prompts = {prompt: None for record in batch for prompt in record.prompts}
+        prompt_ids = dict(zip(prompts, tokenizer.encode(list(prompts)), strict=True))
+        response_ids = iter(tokenizer.encode([response for record in batch for response in record.responses]))
+        for record in batch:
+            pairs_ids = [(prompt_ids[prompt], next(response_ids)) for prompt in record.prompts]
+            sequences = [
+                build_sequence(
+                    *ids,
+                    tokenizer,
+                    max_length=max_length,
+                    truncation_side=truncation_side,
+                    add_sep_token=add_sep_token,
+                )
+                for ids in pairs_ids
+            ]
+            num_special = 2 + add_sep_token
+            yield {
+                "input_ids": sequences,
+                "scores": normalize_scores(record.scores),
+                "is_apo": record.is_apo,
+                "query_id": record.query_id,
+                "answer_keys": record.answer_keys,
+                "num_truncated": sum(len(p) + len(r) + num_special > max_length for p, r in pairs_ids),
+                **_count_pairs(record.scores, sequences),
+            }
+
+
+def _count_pairs(scores: list[float], sequences: list[list[int]]) -> dict[str, int]:
+    pairs = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
+    return {"num_pairs": len(pairs), "num_identical": sum(sequences[i] == sequences[j] for i, j in pairs)}
+
+
+def _generate_rows(
+    path: str, tokenizer: RewardTokenizer, data_type: str, settings: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    records = load_preference_data(path, data_type, settings["add_sep_token"])
+    yield from tokenize_records(records, tokenizer, **settings)
+
+
+def load_preference_dataset(
+    path: str | Path,
+    tokenizer: RewardTokenizer,
+    *,
+    data_type: str,
+    max_length: int,
+    truncation_side: str,
+    add_sep_token: bool,
+    cache_dir: str | None = None,
+) -> datasets.Dataset:
+    """Reads, validates and tokenises a file once, into a memory-mapped Arrow file that later runs and ranks share.
+
+    The cache is keyed by the bytes of the file, the tokenizer and the settings; a file lock lets one process of the
+    machine do the work while the others wait.
+
+    Returns:
+        A dataset with the rows of `tokenize_records`, in file order.
+
+    Raises:
+        InputError: see `load_preference_data`.
+    """
+    import datasets
+    from datasets.exceptions import DatasetGenerationError
+
+    if not Path(path).is_file():
+        read_records(path)
+    settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
+    key = [DATASET_VERSION, sha256_of_file(path), tokenizer.fingerprint, data_type, settings]
+    features = datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.List(datasets.Value("int32"))),
+            "scores": datasets.List(datasets.Value("float32")),
+            "is_apo": datasets.Value("bool"),
+            "query_id": datasets.Value("string"),
+            "answer_keys": datasets.List(datasets.Value("string")),
+            "num_truncated": datasets.Value("int32"),
+            "num_pairs": datasets.Value("int32"),
+            "num_identical": datasets.Value("int32"),
+        }
+    )
+    datasets.disable_progress_bars()
+    try:
+        dataset = datasets.Dataset.from_generator(
+            _generate_rows,
+            features=features,
+            cache_dir=cache_dir,
+            gen_kwargs={"path": str(path), "tokenizer": tokenizer, "data_type": data_type, "settings": settings},
+            fingerprint=hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
+        )
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
+    _log_counts(path, dataset)
+    return dataset
+
+
+def _log_counts(path: str | Path, dataset: datasets.Dataset) -> None:
+    counts = {name: int(sum(dataset[name])) for name in ("num_pairs", "num_truncated", "num_identical")}
+    logger.info(
+        "%s: %d items, %d pairs, %d responses truncated, %d items without a pair (all scores equal)",
+        *(path, len(dataset), counts["num_pairs"], counts["num_truncated"], list(dataset["num_pairs"]).count(0)),
+    )
+    if counts["num_identical"]:
+        logger.warning("%s: the two sides of %d pairs are the same tokens", path, counts["num_identical"])
+
+
+def name_datasets(paths: list[str]) -> dict[str, str]:
+    """Names each file by its base name; files of the same name get as much of their folders as tells them apart."""
+    names: dict[str, str] = {}
+    for path in dict.fromkeys(os.path.normpath(path) for path in paths):
+        parts = Path(path).parts
+        others = [Path(os.path.normpath(other)).parts for other in paths if os.path.normpath(other) != path]
+        length = next(
+            n for n in range(1, len(parts) + 1) if n == len(parts) or not any(o[-n:] == parts[-n:] for o in others)
+        )
+        names["/".join(parts[-length:])] = path
+    return names
+
+
+# ------------------------------------------------------------------------------------------------ collating
+
+
+@dataclass
+class RewardDataCollator:
+    """Makes a batch of B items: every response is one row, padded to the longest row of the batch.
+
+    Two items, of 2 and 1 responses, with pad id 3 and right padding:
+
+        [{"input_ids": [[1, 7, 2], [1, 2]], "scores": [0.9, 0.1], "is_apo": False},
+         {"input_ids": [[1, 2]], "scores": [0.5], "is_apo": True}]
+
+    become `input_ids` [[1, 7, 2], [1, 2, 3], [1, 2, 3]] (N, T), `attention_mask` [[1, 1, 1], [1, 1, 0], [1, 1, 0]],
+    `scores` [[0.9, 0.1], [0.5, -1]] (B, R) with -1 where an item has no such response, `apo_mask` [0, 1] (B,).
+    The N rows are the present responses, item by item.
+    """
+
+    pad_token_id: int
+    padding_side: str = "right"
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        num_responses = max(len(item["scores"]) for item in items)
+        scores = torch.full((len(items), num_responses), ABSENT_SCORE)
+        for row, item in zip(scores, items, strict=True):
+            row[: len(item["scores"])] = torch.as_tensor(item["scores"])
+        sequences = [torch.as_tensor(ids, dtype=torch.long) for item in items for ids in item["input_ids"]]
+        pad = functools.partial(
+            torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=self.padding_side
+        )  # (N, T)
+        return {
+            "scores": scores,
+            "apo_mask": torch.tensor([float(item["is_apo"]) for item in items]),
+            "input_ids": pad(sequences, padding_value=self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(ids) for ids in sequences], padding_value=0),
+        }

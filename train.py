@@ -1,0 +1,241 @@
+"""Trains, evaluates or scores with a reward model.
+
+    torchrun --nproc_per_node=2 train.py --task_type apo --do_train True --use_cpu true \\
+        --model_name_or_path <llama> --train_data_path <human pairs> <golden-over-sampled pairs> \\
+        --eval_data_path <test> --apo_loss_coeff 0.1 --apo_sample_num 4 --output_dir <folder>
+
+See README.md for the three reward models of the paper, and `python train.py --help` for every flag.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from reward_datasets import (
+    InputError,
+    RewardDataCollator,
+    exit_on_input_error,
+    load_preference_dataset,
+    name_datasets,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+    from arguments import RewardTrainingArguments
+    from models import RewardTokenizer
+    from trainer import RewardModelTrainer
+
+logger = logging.getLogger("train")
+
+NUM_DEBUG_RECORDS = 64
+
+
+def setup_logging() -> None:
+    """Logs from the main process only; the others report errors."""
+    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "DeepSpeed", "filelock", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.captureWarnings(True)
+
+
+def init_deepspeed_on_cpu(args: RewardTrainingArguments) -> None:
+    """Starts DeepSpeed's process group over gloo where there is no accelerator; by itself it takes one rank for all."""
+    if args.deepspeed and args.device.type == "cpu":
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+def merge_training_data(parts: list[datasets.Dataset], paths: list[str]) -> datasets.Dataset:
+    """Concatenates the training files, in order.
+
+    Raises:
+        InputError: there is nothing to learn, because no item has two different scores.
+    """
+    import datasets
+
+    for path, part in zip(paths, parts, strict=True):
+        if not any(part["num_pairs"]):
+            raise InputError(
+                f'{path}: field "scores": found equal scores within each of the {len(part)} records, '
+                "expected at least one preferred response"
+            )
+    return datasets.concatenate_datasets(parts)
+
+
+def complete_best_metric(args: RewardTrainingArguments, eval_names: list[str]) -> None:
+    """Lets `--metric_for_best_model accuracy` mean the first evaluation set.
+
+    Raises:
+        InputError: the metric belongs to no evaluation set.
+    """
+    if args.metric_for_best_model is None or not args.do_train:
+        return
+    metric = args.metric_for_best_model.removeprefix("eval_")
+    if not any(metric.startswith(f"{name}_") for name in eval_names):
+        metric = f"{eval_names[0]}_{metric}" if eval_names else metric
+    known = [
+        f"{name}_{m}"
+        for name in eval_names
+        for m in ("loss", "accuracy", "margin", "mean_reward", "Preference Acc", "Avg Score")
+    ]
+    if metric not in known and "_calibration_" not in metric:
+        raise InputError(f"--metric_for_best_model {args.metric_for_best_model}: expected one of {', '.join(known)}")
+    args.metric_for_best_model = f"eval_{metric}"
+
+
+def log_example(dataset: datasets.Dataset, tokenizer: RewardTokenizer) -> None:
+    """Logs the first item as the model sees it."""
+    item = dataset[0]
+    for ids, score in zip(item["input_ids"], item["scores"], strict=True):
+        logger.info("example, normalised score %.3f, %d tokens: %r", score, len(ids), tokenizer.decode(ids))
+
+
+def evaluate_all(
+    trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset]
+) -> dict[str, dict[str, float]]:
+    """Evaluates each set under its own name and writes the results; returns {name: metrics}."""
+    from reports import save_calibration, write_results
+    from trainer import calibration_curve
+
+    args = trainer.args
+    results = {}
+    for name, eval_set in eval_sets.items():
+        output = trainer.predict(eval_set, metric_key_prefix=f"eval_{name}")
+        results[name] = output.metrics
+        trainer.log(dict(output.metrics))
+        if args.save_calibration and trainer.is_world_process_zero():
+            rewards, scores = output.predictions[0], output.label_ids[0]
+            curves = {bins: calibration_curve(rewards, scores, bins) for bins in args.calibration_bins}
+            save_calibration(args.output_dir, name, curves)
+    if trainer.is_world_process_zero():
+        write_json(os.path.join(args.output_dir, "final_eval_results.json"), results)
+        write_results(args.output_dir, "eval", {key: value for r in results.values() for key, value in r.items()})
+    return results
+
+
+def score_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset], suffix: str) -> None:
+    """Writes `<data>_pred_<suffix>_results.json`, one {"<query_id>:<answer key>": reward} per answer in file order."""
+    for name, eval_set in eval_sets.items():
+        rewards = trainer.predict(eval_set).predictions[0]
+        results = [
+            {f"{query_id}:{key}": float(reward)}
+            for query_id, keys, row in zip(eval_set["query_id"], eval_set["answer_keys"], rewards, strict=True)
+            for key, reward in zip(keys, row, strict=False)
+        ]
+        if trainer.is_world_process_zero():
+            stem = name.replace("/", "_").split(".json")[0]
+            path = os.path.join(trainer.args.output_dir, f"{stem}_pred_{suffix}_results.json")
+            write_json(path, results)
+            logger.info("%d rewards written to %s", len(results), path)
+
+
+@exit_on_input_error
+def main() -> None:
+    """Parse -> data -> model -> trainer -> train, evaluate, score -> save."""
+    setup_logging()
+    from arguments import parse_args
+
+    model_args, data_args, args = parse_args()
+
+    # The rest of the heavy imports, once the command line is known to be right.
+    import torch
+    from transformers import set_seed
+
+    from models import load_config, load_reward_model, load_reward_tokenizer, resolve_settings
+    from reports import plot_training_curves, write_manifest, write_model_card, write_results
+    from trainer import RewardModelTrainer
+
+    # ---- what scoring must repeat: flags, or what the checkpoint records
+    config = load_config(model_args.model_name_or_path)
+    settings = resolve_settings(
+        config,
+        pooling_type=model_args.pooling_type,
+        max_length=model_args.max_length,
+        truncation_side=model_args.truncation_side,
+        add_sep_token=model_args.add_sep_token,
+        tokenizer_backend=model_args.tokenizer_backend,
+    )
+    tokenizer_path = model_args.tokenizer_path or model_args.model_name_or_path
+    tokenizer = load_reward_tokenizer(tokenizer_path, config, settings.tokenizer_backend)
+    settings.sep_token_id = tokenizer.sep_token_id
+
+    # ---- data
+    def load(path: str) -> datasets.Dataset:
+        dataset = load_preference_dataset(
+            path,
+            tokenizer,
+            data_type=data_args.data_type,
+            max_length=settings.max_length,
+            truncation_side=settings.truncation_side,
+            add_sep_token=settings.add_sep_token,
+            cache_dir=data_args.cache_dir,
+        )
+        return dataset.select(range(min(len(dataset), NUM_DEBUG_RECORDS))) if args.debug_mode else dataset
+
+    train_set = None
+    if args.do_train:
+        train_parts = [load(path) for path in data_args.train_data_path]
+        train_set = merge_training_data(train_parts, data_args.train_data_path)
+        log_example(train_set, tokenizer)
+    eval_sets = {name: load(path) for name, path in name_datasets(data_args.eval_data_path).items()}
+    complete_best_metric(args, list(eval_sets))
+
+    # ---- model
+    init_deepspeed_on_cpu(args)
+    set_seed(args.seed)
+    model, head_loaded = load_reward_model(
+        model_args.model_name_or_path,
+        config,
+        tokenizer,
+        settings,
+        seed=args.seed,
+        with_lm_head=args.lm_loss_coeff > 0,
+        dtype=getattr(torch, model_args.dtype),
+    )
+    if args.task_type == "inference" and not head_loaded:
+        raise InputError(
+            f"{model_args.model_name_or_path}: found no reward head (reward_head.weight), so its scores would be random; "
+            "give a trained reward model"
+        )
+
+    # ---- trainer
+    trainer = RewardModelTrainer(
+        model=model,
+        args=args,
+        data_collator=RewardDataCollator(tokenizer.pad_token_id, model_args.padding_side),
+        train_dataset=train_set,
+        eval_dataset=eval_sets or None,
+        processing_class=tokenizer,
+    )
+    assert bool(args.deepspeed) == trainer.is_deepspeed_enabled, "the DeepSpeed config was dropped"
+    if trainer.is_world_process_zero():
+        arguments = {**asdict(model_args), **asdict(data_args), **args.to_dict(), "world_size": args.world_size}
+        write_manifest(args.output_dir, arguments, [*data_args.train_data_path, *data_args.eval_data_path])
+
+    # ---- train
+    if args.do_train:
+        train_metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+        trainer.save_model()
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            write_results(args.output_dir, "train", train_metrics)
+
+    # ---- score, or evaluate
+    if args.task_type == "inference":
+        score_all(trainer, eval_sets, data_args.data_suffix)
+        return
+    results = evaluate_all(trainer, eval_sets) if eval_sets else {}
+    if args.do_train and trainer.is_world_process_zero():
+        plot_training_curves(args.output_dir, trainer.state.log_history)
+        write_model_card(args.output_dir, model_args.model_name_or_path, asdict(settings), results)
+
+
+if __name__ == "__main__":
+    main()
