@@ -162,12 +162,16 @@ class RewardTrainingArguments(TrainingArguments):
             try:
                 json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
             except OSError as error:
-                raise InputError(f"--deepspeed {self.deepspeed}: {error.strerror}; give a DeepSpeed JSON file") from error
+                raise InputError(
+                    f"--deepspeed {self.deepspeed}: {error.strerror}; give a DeepSpeed JSON file"
+                ) from error
             except ValueError as error:
-                raise InputError(f"--deepspeed {self.deepspeed}: broken JSON ({error}); give a DeepSpeed JSON file") from error
+                raise InputError(
+                    f"--deepspeed {self.deepspeed}: broken JSON ({error}); give a DeepSpeed JSON file"
+                ) from error
         if strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")):
             raise InputError(
-                "ACCELERATE_USE_CPU is set and would drop the DeepSpeed config silently; unset it and add --use_cpu true"
+                "ACCELERATE_USE_CPU is set and would drop the DeepSpeed config silently; unset it, add --use_cpu true"
             )
         # A plain `python` start is a run of one process.
         for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
@@ -258,5 +262,7 @@ def check_output_dir(args: RewardTrainingArguments) -> None:
         raise InputError(f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint-*")
     checkpoint = checkpoints[-1] if resume.lower() == "true" else Path(resume)
     if not (checkpoint / "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {checkpoint}: no trainer_state.json there; expected a checkpoint-N")
+        raise InputError(
+            f"--resume_from_checkpoint {checkpoint}: no trainer_state.json there; expected a checkpoint-N"
+        )
     args.resume_from_checkpoint = str(checkpoint)

@@ -59,7 +59,9 @@ def resolve_settings(config: LlamaConfig, **flags: Any) -> RewardSettings:
     given = {name: value for name, value in flags.items() if value is not None}
     for name, value in given.items():
         if name in recorded and recorded[name] != value:
-            logger.warning("--%s %s contradicts the checkpoint, which was trained with %s", name, value, recorded[name])
+            logger.warning(
+                "--%s %s contradicts the checkpoint, which was trained with %s", name, value, recorded[name]
+            )
     return RewardSettings(**{**recorded, **given})
 
 
@@ -152,7 +154,9 @@ def load_reward_tokenizer(
             raise InputError(f"{path}: the tokenizer has no bos or no eos token; expected both")
         pad_token_id, sep_token_id = _settle_roles(hf_tokenizer, sentencepiece_path, config)
         hf_tokenizer.pad_token = hf_tokenizer.convert_ids_to_tokens(pad_token_id)
-        hf_tokenizer.model_max_length = int(1e30)  # lengths are ours to check; without this it warns at every long text
+        hf_tokenizer.model_max_length = int(
+            1e30
+        )  # lengths are ours to check; without this it warns at every long text
         return RewardTokenizer(hf_tokenizer, sentencepiece_path, backend, pad_token_id, sep_token_id)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):
@@ -191,7 +195,7 @@ def _settle_roles(
 
 @dataclass
 class RewardModelOutput(ModelOutput):
-    """`rewards` (N,) float32; `lm_losses` (N,) mean next-token loss of each sequence, only with an LM head."""
+    """`rewards` (N,) float32; `lm_losses` (N,) mean next-token loss of the sequences asked for, 0 elsewhere."""
 
     rewards: Tensor | None = None
     lm_losses: Tensor | None = None
@@ -242,12 +246,13 @@ class LlamaRewardModel(LlamaPreTrainedModel):
         """The recorded settings of this model."""
         return RewardSettings(**getattr(self.config, "reward_settings", {}))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> RewardModelOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, lm_mask: Tensor | None = None) -> RewardModelOutput:
         """Scores sequences.
 
         Args:
             input_ids: (N, T) token ids, padded on either side.
             attention_mask: (N, T), 1 = token.
+            lm_mask: (N,) bool, the sequences whose LM loss to compute; needs the LM head.
 
         Returns:
             `RewardModelOutput`. Padding and its side change no reward: positions count from the first real token.
@@ -257,13 +262,19 @@ class LlamaRewardModel(LlamaPreTrainedModel):
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state  # (N, T, D)
         token_rewards = self.reward_head(hidden).squeeze(-1).float()  # (N, T)
+        rewards = pool_rewards(token_rewards, attention_mask, self.settings.pooling_type)
+        if lm_mask is None:
+            return RewardModelOutput(rewards=rewards)
+        lm_losses = self._lm_losses(hidden[lm_mask], input_ids[lm_mask], attention_mask[lm_mask])
         return RewardModelOutput(
-            rewards=pool_rewards(token_rewards, attention_mask, self.settings.pooling_type),
-            lm_losses=self._lm_losses(hidden, input_ids, attention_mask) if self.lm_head is not None else None,
+            rewards=rewards, lm_losses=torch.zeros_like(rewards).masked_scatter(lm_mask, lm_losses)
         )
 
     def _lm_losses(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Mean next-token cross entropy over the unmasked targets of each sequence, (N,)."""
+        """Mean next-token cross entropy over the unmasked targets of each sequence, (N,).
+
+        Runs the head for N = 0 too: under ZeRO-3 every rank has to gather its weights.
+        """
         logits = self.lm_head(hidden[:, :-1]).float()  # (N, T-1, V)
         losses = F.cross_entropy(logits.transpose(1, 2), input_ids[:, 1:], reduction="none")  # (N, T-1)
         mask = attention_mask[:, :-1] * attention_mask[:, 1:]

@@ -1,4 +1,4 @@
-"""What a run leaves in its output folder beside the model: results, manifest, curves, reliability diagrams, model card."""
+"""What a run leaves beside the model: results, manifest, curves, reliability diagrams, model card."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def plot_training_curves(output_dir: str, log_history: list[dict[str, float]]) -
         keys = {key for log in log_history for key in log if key == name or key.endswith(f"_{name}")}
         for key in sorted(key for key in keys if key == name or key.startswith("eval_")):
             points = [(log["step"], log[key]) for log in log_history if key in log]
-            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 30 else None, label=_curve_label(key, name))
+            axis.plot(
+                *zip(*points, strict=True), marker="." if len(points) < 30 else None, label=_curve_label(key, name)
+            )
         axis.set(xlabel="step", title=name)
         if keys:
             axis.legend(fontsize=7)

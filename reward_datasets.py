@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 SEPARATOR = "<sep>"
 DATA_TYPES = ("comparison_pair", "reject_sample")
 ABSENT_SCORE = -1.0  # marks the empty places of a ragged (B, R) score matrix
-NUM_SHOWN_PROBLEMS = 5
+NUM_SHOWN = 5
 TOKENIZE_BATCH_SIZE = 512
 DATASET_VERSION = 1  # part of the cache key: raise it when the rows of `tokenize_records` change
 
@@ -96,14 +96,11 @@ def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
         raise InputError(f"{path}: no such file; give the path of an existing .json, .jsonl, .gz or .parquet file")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty; expected preference records")
-    if path.suffix == ".parquet":
-        placed = _read_parquet(path)
-    else:
-        placed = _parse_json(path, _read_text(path))
+    placed = _read_parquet(path) if path.suffix == ".parquet" else _parse_json(path, _read_text(path))
     if not placed:
         raise InputError(f"{path}: the file holds no records; expected at least one")
-    problems = [f"{place}: found {_describe(r)}, expected an object" for place, r in placed if not isinstance(r, dict)]
-    _raise_bad_records(path, problems)
+    problems = [f"{place}: found {describe(r)}, expected an object" for place, r in placed if not isinstance(r, dict)]
+    raise_bad_records(path, problems)
     return placed
 
 
@@ -149,8 +146,8 @@ def _loads(path: Path, text: str, first_line: int = 1) -> Any:
 # ------------------------------------------------------------------------------------------------ validating
 
 
-class _BadField(Exception):
-    """A field of one record is wrong; becomes one part of the `InputError` of its file."""
+class BadField(Exception):
+    """A field of one record is wrong: what was found and expected. Becomes one part of the file's `InputError`."""
 
     def __init__(self, field: str, found: str, expected: str) -> None:
         super().__init__(f'field "{field}": found {found}, expected {expected}')
@@ -187,64 +184,84 @@ def load_preference_data(path: str | Path, data_type: str, add_sep_token: bool =
                 records.append(_parse_answers(raw))
             else:
                 records.append(_parse_preference(raw, str(index), add_sep_token))
-        except _BadField as error:
+        except BadField as error:
             problems.append(f"{place}: {error}")
-    _raise_bad_records(path, problems)
+    raise_bad_records(path, problems)
     return records
 
 
-def _raise_bad_records(path: str | Path, problems: list[str]) -> None:
-    if not problems:
-        return
-    count = f"{len(problems)} bad records: " if len(problems) > 1 else ""
-    more = f"; and {len(problems) - NUM_SHOWN_PROBLEMS} more" if len(problems) > NUM_SHOWN_PROBLEMS else ""
-    raise InputError(f"{path}: {count}{'; '.join(problems[:NUM_SHOWN_PROBLEMS])}{more}")
+def first_few(parts: list[str]) -> str:
+    """Joins the first five parts of a message and counts the rest."""
+    more = f"; and {len(parts) - NUM_SHOWN} more" if len(parts) > NUM_SHOWN else ""
+    return "; ".join(parts[:NUM_SHOWN]) + more
 
 
-def _describe(value: Any) -> str:
-    """A value as the words of an error message."""
+def raise_bad_records(path: str | Path, problems: list[str]) -> None:
+    """Raises one `InputError` for all bad records of a file, if there are any."""
+    if problems:
+        count = f"{len(problems)} bad records: " if len(problems) > 1 else ""
+        raise InputError(f"{path}: {count}{first_few(problems)}")
+
+
+def describe(value: Any) -> str:
+    """Puts a value of a record into the words of an error message."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
         return f"the string {json.dumps(value[:40], ensure_ascii=False)}{'...' * (len(value) > 40)}" if value else '""'
     if isinstance(value, (int, float)):
         return f"the number {value}"
-    return f"a list of {len(value)}" if isinstance(value, list) else f"an object with {', '.join(value) or 'no fields'}"
+    return (
+        f"a list of {len(value)}" if isinstance(value, list) else f"an object with {', '.join(value) or 'no fields'}"
+    )
 
 
-def _require_text(raw: dict[str, Any], field: str, value: Any = None) -> str:
-    if value is None and field not in raw:
-        raise _BadField(field, f"no such field (the record has {', '.join(raw) or 'none'})", "a string")
-    value = raw[field] if value is None else value
-    if not isinstance(value, str) or not value.strip():
-        raise _BadField(field, _describe(value), "a non-empty string")
-    return value
-
-
-def _require_list(raw: dict[str, Any], field: str, expected: str) -> list[Any]:
+def require(raw: dict[str, Any], field: str, expected: str) -> Any:
+    """Returns a field of a record; raises `BadField` if it is not there."""
     if field not in raw:
-        raise _BadField(field, f"no such field (the record has {', '.join(raw) or 'none'})", expected)
-    if not isinstance(raw[field], list):
-        raise _BadField(field, _describe(raw[field]), expected)
+        raise BadField(field, f"no such field (the record has {', '.join(raw) or 'none'})", expected)
     return raw[field]
 
 
-def _require_query_id(raw: dict[str, Any], default: str) -> str:
-    query_id = raw.get("query_id", default)
-    if isinstance(query_id, bool) or not isinstance(query_id, (str, int)):
-        raise _BadField("query_id", _describe(query_id), "a string or an integer")
+def _check_text(field: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadField(field, describe(value), "a non-empty string")
+    return value
+
+
+def require_text(raw: dict[str, Any], field: str) -> str:
+    """Returns a field that must hold a non-empty string; raises `BadField` otherwise."""
+    return _check_text(field, require(raw, field, "a non-empty string"))
+
+
+def _require_list(raw: dict[str, Any], field: str, expected: str) -> list[Any]:
+    value = require(raw, field, expected)
+    if not isinstance(value, list):
+        raise BadField(field, describe(value), expected)
+    return value
+
+
+def require_query_id(raw: dict[str, Any], default: str | None = None) -> str:
+    """Returns the query id as a string; raises `BadField` if it is none, or absent without a default."""
+    query_id = (
+        require(raw, "query_id", "a non-empty string or an integer")
+        if default is None
+        else raw.get("query_id", default)
+    )
+    if isinstance(query_id, bool) or not isinstance(query_id, (str, int)) or query_id == "":
+        raise BadField("query_id", describe(query_id), "a non-empty string or an integer")
     return str(query_id)
 
 
-def _split_text(text: str, add_sep_token: bool, field: str) -> tuple[str, str]:
+def _split_text(field: str, text: str, add_sep_token: bool) -> tuple[str, str]:
     """Splits "<prompt><sep><response>"; a text without `<sep>` is a response to no prompt."""
     parts = text.split(SEPARATOR)
     if len(parts) == 2:
         return parts[0], parts[1]
     if len(parts) > 2:
-        raise _BadField(field, f"{len(parts) - 1} {SEPARATOR}", f"one {SEPARATOR} between prompt and response")
+        raise BadField(field, f"{len(parts) - 1} {SEPARATOR}", f"one {SEPARATOR} between prompt and response")
     if add_sep_token:
-        raise _BadField(field, f"no {SEPARATOR}", f"one {SEPARATOR}, or a run without --add_sep_token")
+        raise BadField(field, f"no {SEPARATOR}", f"one {SEPARATOR}, or a run without --add_sep_token")
     return "", text
 
 
@@ -255,21 +272,20 @@ def _parse_preference(raw: dict[str, Any], default_id: str, add_sep_token: bool)
         texts = _require_list(raw, "text", "a list of at least two texts")
         scores = _require_list(raw, "scores", "a list of numbers, one for each text")
     if len(texts) < 2:
-        raise _BadField("text", f"{len(texts)} response(s)", "at least two")
+        raise BadField("text", f"{len(texts)} response(s)", "at least two")
     if len(scores) != len(texts):
-        raise _BadField("scores", f"{len(scores)} scores", f"{len(texts)}, one for each text")
+        raise BadField("scores", f"{len(scores)} scores", f"{len(texts)}, one for each text")
     for i, score in enumerate(scores):
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise _BadField(f"scores[{i}]", _describe(score), "a finite number")
+            raise BadField(f"scores[{i}]", describe(score), "a finite number")
     splits = [
-        _split_text(_require_text(raw, f"text[{i}]", "" if text is None else text), add_sep_token, f"text[{i}]")
-        for i, text in enumerate(texts)
+        _split_text(f"text[{i}]", _check_text(f"text[{i}]", text), add_sep_token) for i, text in enumerate(texts)
     ]
     return PreferenceRecord(
         prompts=[prompt for prompt, _ in splits],
         responses=[response for _, response in splits],
         scores=[float(score) for score in scores],
-        query_id=_require_query_id(raw, default_id),
+        query_id=require_query_id(raw, default_id),
         answer_keys=[str(i) for i in range(len(texts))],
         is_apo=raw.get("type") == "apo",
     )
@@ -281,25 +297,27 @@ def _pair_texts(raw: dict[str, Any]) -> list[str]:
         dialogues = [_require_list(raw, field, "a list of messages") for field in ("chosen", "rejected")]
         prompt = raw.get("prompt", [])
         return [_render_dialogue(prompt, dialogue) for dialogue in dialogues]
-    chosen, rejected = _require_text(raw, "chosen"), _require_text(raw, "rejected")
+    chosen, rejected = require_text(raw, "chosen"), require_text(raw, "rejected")
     if "prompt" not in raw:
         return [chosen, rejected]
-    prompt = _require_text(raw, "prompt")
+    prompt = require_text(raw, "prompt")
     return [prompt + SEPARATOR + chosen, prompt + SEPARATOR + rejected]
 
 
 def _render_dialogue(prompt: Any, dialogue: list[Any]) -> str:
     """Messages in the Helpful&Harmless form: "\\n\\nHuman: ...\\n\\nAssistant:<sep> <last answer>"."""
     if not isinstance(prompt, list):
-        raise _BadField("prompt", _describe(prompt), "a list of messages, as in chosen and rejected")
+        raise BadField("prompt", describe(prompt), "a list of messages, as in chosen and rejected")
     roles = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: "}
     messages = prompt + dialogue
     for message in messages:
-        if not (isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)):
+        if not (
+            isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)
+        ):
             expected = "a message with a role (user, assistant, system) and a content string"
-            raise _BadField("chosen/rejected", _describe(message), expected)
+            raise BadField("chosen/rejected", describe(message), expected)
     if not messages or messages[-1]["role"] != "assistant":
-        raise _BadField("chosen/rejected", "no assistant message at the end", "one")
+        raise BadField("chosen/rejected", "no assistant message at the end", "one")
     context = "".join(roles[m["role"]] + m["content"] for m in messages[:-1])
     return f"{context}\n\nAssistant:{SEPARATOR} {messages[-1]['content']}"
 
@@ -310,20 +328,18 @@ def is_answer_key(key: str) -> bool:
 
 
 def _parse_answers(raw: dict[str, Any]) -> PreferenceRecord:
-    if "query_id" not in raw:
-        raise _BadField("query_id", f"no such field (the record has {', '.join(raw) or 'none'})", "a string")
-    query = _require_text(raw, "query")
+    query_id, query = require_query_id(raw), require_text(raw, "query")
     keys = [key for key in raw if is_answer_key(key)]
     if not keys:
-        raise _BadField("sample_0", f"no answer (the record has {', '.join(raw)})", "fields sample_0, sample_1, ...")
+        raise BadField("sample_0", f"no answer (the record has {', '.join(raw)})", "fields sample_0, sample_1, ...")
     for key in keys:
         if not isinstance(raw[key], str):
-            raise _BadField(key, _describe(raw[key]), "a string")
+            raise BadField(key, describe(raw[key]), "a string")
     return PreferenceRecord(
         prompts=[query] * len(keys),
         responses=[raw[key] for key in keys],
         scores=[0.0] * len(keys),
-        query_id=_require_query_id(raw, ""),
+        query_id=query_id,
         answer_keys=keys,
     )
 
@@ -362,7 +378,7 @@ def tokenize_records(
 ) -> Iterator[dict[str, Any]]:
     """Yields one row per record; prompt and response are encoded apart, so their border never merges.
 
-    Row: `input_ids` R lists of ids, `scores` R normalised scores, `is_apo`, `query_id`, `answer_keys`, and three counts:
+    Row: `input_ids` R lists of ids, `scores` R normalised scores, `is_apo`, `query_id`, `answer_keys`, three counts:
     `num_pairs` (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical`
     (pairs whose two sequences became the same, so that nothing can be learnt from them).
     """

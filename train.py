@@ -45,7 +45,7 @@ def setup_logging() -> None:
 
 
 def init_deepspeed_on_cpu(args: RewardTrainingArguments) -> None:
-    """Starts DeepSpeed's process group over gloo where there is no accelerator; by itself it takes one rank for all."""
+    """Starts DeepSpeed's process group over gloo where there is no accelerator, which it does not do by itself."""
     if args.deepspeed and args.device.type == "cpu":
         import deepspeed
 
@@ -97,9 +97,7 @@ def log_example(dataset: datasets.Dataset, tokenizer: RewardTokenizer) -> None:
         logger.info("example, normalised score %.3f, %d tokens: %r", score, len(ids), tokenizer.decode(ids))
 
 
-def evaluate_all(
-    trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset]
-) -> dict[str, dict[str, float]]:
+def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset]) -> dict[str, dict[str, float]]:
     """Evaluates each set under its own name and writes the results; returns {name: metrics}."""
     from reports import save_calibration, write_results
     from trainer import calibration_curve
@@ -201,7 +199,7 @@ def main() -> None:
     )
     if args.task_type == "inference" and not head_loaded:
         raise InputError(
-            f"{model_args.model_name_or_path}: found no reward head (reward_head.weight), so its scores would be random; "
+            f"{model_args.model_name_or_path}: found no reward head (reward_head.weight), so scores would be random; "
             "give a trained reward model"
         )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
 from arguments import RewardTrainingArguments
+from models import RewardModelOutput
 
 # ------------------------------------------------------------------------------------------------ losses
 
@@ -29,7 +30,7 @@ def preference_pairs(scores: Tensor) -> Tensor:
 
 
 def ranking_loss(rewards: Tensor, scores: Tensor, weights: Tensor | None = None, loss_type: str = "ranking") -> Tensor:
-    """Pairwise preference loss -log sigmoid(r_i - r_j) over all pairs with score_i > score_j (Eq. 2, arXiv:2311.08045).
+    """Pairwise preference loss -log sigmoid(r_i - r_j) over all pairs with score_i > score_j (Eq. 2, 2311.08045).
 
     Args:
         rewards: (B, R).
@@ -118,7 +119,7 @@ def calibration_curve(rewards: np.ndarray, scores: np.ndarray, num_bins: int) ->
         num_bins: bins of equal width on [0, 1].
 
     Returns:
-        Per non-empty bin: `count`, mean `confidence` and `accuracy`, the share of pairs in which i is the preferred one.
+        Per non-empty bin: `count`, mean `confidence` and `accuracy`, the share in which i is preferred.
     """
     preferred = preference_pairs(torch.as_tensor(scores)).numpy()
     item, winner, loser = preferred.nonzero()
@@ -203,10 +204,22 @@ class RewardModelTrainer(Trainer):
         human, golden = apo_terms(rewards, scores, apo_mask, **coefficients)
         return {"ranking_term": human, "apo_term": golden}
 
+    def _lm_mask(self, scores: Tensor) -> Tensor | None:
+        """The responses to model, those scored above the threshold: (B, R) -> (N,) bool (arXiv:2309.03126)."""
+        return scores[scores >= 0] > self.args.lm_score_thresh if self.args.lm_loss_coeff > 0 else None
+
     def _lm_term(self, lm_losses: Tensor, scores: Tensor) -> Tensor:
-        """Weighted mean LM loss of the responses scored above the threshold, (N,) -> scalar (arXiv:2309.03126)."""
-        chosen = (scores[scores >= 0] > self.args.lm_score_thresh).float()  # (N,)
-        return self.args.lm_loss_coeff * (lm_losses * chosen).sum() / chosen.sum().clamp(min=1)
+        """Weighted mean of the LM losses of these responses, (N,) -> scalar."""
+        return self.args.lm_loss_coeff * lm_losses.sum() / self._lm_mask(scores).sum().clamp(min=1)
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Keeps the scores in float32: under DeepSpeed they would be rounded to bf16, and close ones would tie."""
+        labels = {name: inputs[name].to(self.args.device) for name in self.label_names}
+        return {**super()._prepare_inputs(inputs), **labels}
+
+    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> RewardModelOutput:
+        lm_mask = self._lm_mask(inputs["scores"])
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], lm_mask=lm_mask)
 
     def compute_loss(
         self,
@@ -216,7 +229,7 @@ class RewardModelTrainer(Trainer):
         num_items_in_batch: Tensor | None = None,
     ) -> Tensor:
         """Mean loss over the pairs of a micro-batch."""
-        output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        output = self._forward(model, inputs)
         scores, apo_mask = inputs["scores"], inputs["apo_mask"]
         rewards = torch.zeros_like(scores).masked_scatter(scores >= 0, output["rewards"])  # (B, R)
         terms = self._loss_terms(rewards, scores, apo_mask)
@@ -235,7 +248,7 @@ class RewardModelTrainer(Trainer):
         """Returns no loss, (rewards[, lm_losses]) and (scores, apo_mask); (B, R) each, NaN at absent responses."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            output = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+            output = self._forward(model, inputs)
         scores = inputs["scores"]
         nan = torch.full_like(scores, torch.nan)
         names = ("rewards", "lm_losses") if self.args.lm_loss_coeff > 0 else ("rewards",)

@@ -48,7 +48,9 @@ def main() -> None:
     records = [record for _, record in read_records(args.data_path)]
     selected = select_records(records, args.start, args.count, without_ids)
     if not selected or (args.count is not None and len(selected) < args.count):
-        raise InputError(f"{args.data_path}: found {len(selected)} such records, expected {args.count or 'at least 1'}")
+        raise InputError(
+            f"{args.data_path}: found {len(selected)} such records, expected {args.count or 'at least 1'}"
+        )
     write_json(args.output_path, selected)
     print(f"{args.output_path}: {len(selected)} of {len(records)} records")
 

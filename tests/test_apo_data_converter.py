@@ -1,0 +1,181 @@
+"""The converter: the reference's pairs exactly, and nothing that cannot be trained on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reward_datasets import InputError
+from tools.apo_data_converter import convert, cut_next_turn, read_golden, read_samples
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+PARITY = json.loads((REPO_ROOT / "tests" / "parity" / "converter.json").read_text(encoding="utf-8"))
+QUERY = "\n\nHuman: Why?\n\nAssistant:"
+
+
+def golden(query_id: int | str = 1, answer: str = " Because.", query: str = QUERY) -> dict:
+    return {"query_id": query_id, "query": query, "golden": answer}
+
+
+def sampled(query_id: int | str = 1, *answers: str, query: str = QUERY) -> dict:
+    return {"query_id": query_id, "query": query, **{f"sample_{i}": answer for i, answer in enumerate(answers)}}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Writes a golden and a samples file, returns their paths."""
+
+    def write(golden_records: list, sample_records: list) -> tuple[Path, Path]:
+        paths = tmp_path / "golden.json", tmp_path / "samples.json"
+        for path, records in zip(paths, (golden_records, sample_records), strict=True):
+            path.write_text(json.dumps(records), encoding="utf-8")
+        return paths
+
+    return write
+
+
+def convert_files(paths, **options):
+    return convert(read_golden(paths[0]), read_samples(paths[1]), **options)
+
+
+def run_tool(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPO_ROOT / "tools" / "apo_data_converter.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_pairs_are_those_of_the_reference(files):
+    items = convert_files(files(PARITY["golden"], PARITY["samples"])).items
+    assert items == PARITY["text_scores"]
+    assert [list(item) for item in items] == [["text", "scores", "type"]] * len(items)
+
+
+def test_command_line_writes_the_reference_file_and_one_line(files, tmp_path):
+    golden_path, sample_path = files(PARITY["golden"], PARITY["samples"])
+    flags = ["--golden_data_path", golden_path, "--sample_data_path", sample_path]
+    done = run_tool(*flags, "--output_dir", tmp_path / "new" / "apo_data", "--apo_data_name", "rm_v0")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "new" / "apo_data" / "rm_v0_text_scores.json"
+    assert json.loads(path.read_text(encoding="utf-8")) == PARITY["text_scores"]
+    assert done.stdout == (f"12 prompts matched, 48 pairs written, 0 ids unmatched, 0 answers skipped: {path}\n")
+
+
+def test_wrong_input_on_the_command_line_is_one_line_and_status_2(files, tmp_path):
+    _, sample_path = files([golden()], [sampled(1, " No.")])
+    flags = ["--golden_data_path", tmp_path / "absent.json", "--sample_data_path", sample_path]
+    done = run_tool(*flags, "--output_dir", tmp_path, "--apo_data_name", "x")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert "absent.json" in done.stderr
+
+
+def test_sampling_keeps_one_pair_per_prompt_and_has_its_own_file_name(files, tmp_path):
+    golden_path, sample_path = files(PARITY["golden"], PARITY["samples"])
+    flags = ["--golden_data_path", golden_path, "--sample_data_path", sample_path]
+    done = run_tool(*flags, "--output_dir", tmp_path, "--apo_data_name", "rm_v0", "--sampling")
+    assert done.returncode == 0, done.stderr
+    items = json.loads((tmp_path / "rm_v0_sampled_text_scores.json").read_text(encoding="utf-8"))
+    assert len(items) == len(PARITY["samples"])
+    assert all(item in PARITY["text_scores"] for item in items)
+
+
+def test_sampling_is_decided_by_the_seed(files):
+    paths = files([golden(i) for i in range(20)], [sampled(i, *map(str, range(8))) for i in range(20)])
+    first, again, other = (convert_files(paths, sampling=True, seed=seed).items for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+
+
+def test_group_holds_the_same_pairs_as_one_item_per_prompt(files):
+    paths = files(PARITY["golden"], PARITY["samples"])
+    groups = convert_files(paths, group=True).items
+    assert len(groups) == len(PARITY["samples"])
+    assert [group["query_id"] for group in groups] == [str(record["query_id"]) for record in PARITY["samples"]]
+    assert all(group["scores"] == [1.0] + [0.0] * (len(group["text"]) - 1) for group in groups)
+    assert all(group["type"] == "apo" for group in groups)
+    pairs = [[group["text"][0], text] for group in groups for text in group["text"][1:]]
+    assert pairs == [item["text"] for item in PARITY["text_scores"]]
+
+
+def test_samples_come_in_numeric_order_whatever_their_number(files):
+    record = {"query_id": 1, "query": QUERY, "sample_10": " ten", "sample_2": " two", "sample_0": " zero"}
+    items = convert_files(files([golden()], [record])).items
+    assert [item["text"][1] for item in items] == [f"{QUERY}<sep> {word}" for word in ("zero", "two", "ten")]
+
+
+def test_answer_is_stripped_only_where_it_is_cut():
+    assert cut_next_turn(" Yes. \n\nHuman: And?\n\nHuman: Hm") == "Yes."
+    assert cut_next_turn("  Yes.\n") == "  Yes.\n"
+
+
+def test_unmatched_ids_are_counted_and_named(files, tmp_path):
+    paths = files([golden(i) for i in range(8)], [sampled(1, " No."), sampled("x", " No.")])
+    flags = ["--golden_data_path", paths[0], "--sample_data_path", paths[1], "--output_dir", tmp_path]
+    done = run_tool(*flags, "--apo_data_name", "x")
+    assert done.returncode == 0, done.stderr
+    assert "7 golden answers without samples, left out: 0; 2; 3; 4; 5; and 2 more" in done.stderr
+    assert "1 samples without a golden answer, left out: x" in done.stderr
+    assert done.stdout.startswith("1 prompts matched, 1 pairs written, 8 ids unmatched, 0 answers skipped: ")
+
+
+def test_answers_that_make_no_pair_are_skipped_and_counted(files):
+    """Of prompt 1 only " No." is left; the cut empties the third sample; prompt 2 has no golden answer left."""
+    samples = sampled(1, " ", " No.", "\n\nHuman: me", " Because.", "Because.\n\nHuman: me", " a<sep>b")
+    paths = files([golden(1), golden(2, " ")], [samples, sampled(2, " No.")])
+    result = convert_files(paths)
+    assert [item["text"] for item in result.items] == [[f"{QUERY}<sep> Because.", f"{QUERY}<sep> No."]]
+    assert result.skipped == {"golden empty": 1, "sample empty": 2, "sample same as golden": 2, "sample with <sep>": 1}
+    assert (result.num_matched, result.num_pairs) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("golden_records", "sample_records", "message"),
+    [
+        (
+            [{"query_id": 1, "query": QUERY}],
+            [sampled(1, "a")],
+            r'golden.json: record 1: field "golden": found no such field',
+        ),
+        (
+            [golden(), golden("1")],
+            [sampled(1, "a")],
+            r"record 2: .*\"query_id\": found 1, .*record 1 has it too",
+        ),
+        ([golden(), {}, {}], [sampled(1, "a")], r'golden.json: 2 bad records: record 2: field "query_id": .*record 3'),
+        (
+            [golden(True)],
+            [sampled(1, "a")],
+            r'field "query_id": found true, expected a non-empty string or an integer',
+        ),
+        ([golden(query=" ")], [sampled(1, "a")], r"field \"query\": found the string \" \", expected a non-empty"),
+        ([golden(query="a<sep>b")], [sampled(1, "a")], r"found a text with <sep>, expected one without"),
+        ([golden(answer=7)], [sampled(1, "a")], r'field "golden": found the number 7, expected a string'),
+        (
+            [golden()],
+            [sampled(1)],
+            r'samples.json: record 1: field "sample_0": found no sample .*expected fields sample_0',
+        ),
+        (
+            [golden()],
+            [sampled(1, "a", None)],
+            r'samples.json: record 1: field "sample_1": found null, expected a string',
+        ),
+        ([golden()], [{**sampled(1, "a"), "sample_b": "c"}], r'field "sample_b": found no number after sample_'),
+        ([golden()], [sampled(1, "a"), "text"], r"samples.json: record 2: "),
+        ([golden(1)], [sampled(2, "a")], r"found no id in both files, .*golden.json has 1; .*samples.json has 2"),
+        ([golden()], [sampled(1, " Because.")], r"no pair is left of 1 matched prompts.*1 sample same as golden"),
+        (
+            [golden(query="\n\nHuman: Why not?")],
+            [sampled(1, "a", query="\n\nHuman: Why so?")],
+            r"samples.json: record 1: id 1: .*character 14 on, the string \"so\?\", expected the string \"not\?\" as in .*golden.json",
+        ),
+    ],
+)
+def test_wrong_input_names_file_record_field_found_and_expected(files, golden_records, sample_records, message):
+    with pytest.raises(InputError, match=message):
+        convert_files(files(golden_records, sample_records))
+
+
+def test_help_shows_an_example():
+    assert "example:\n  python tools/apo_data_converter.py" in run_tool("--help").stdout
