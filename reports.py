@@ -61,22 +61,17 @@ def _new_figure(num_panels: int) -> tuple[Any, list[Any]]:
 def plot_training_curves(output_dir: str, log_history: list[dict[str, float]]) -> None:
     """Draws loss, accuracy and margin over the steps, training and each evaluation set, to `training_curves.png`."""
     names = ("loss", "accuracy", "margin")
+    losses = {key for log in log_history for key in log if key.startswith("eval_") and key.endswith("_loss")}
+    eval_sets = sorted(key.removeprefix("eval_").removesuffix("_loss") for key in losses)
     figure, axes = _new_figure(len(names))
     for name, axis in zip(names, axes, strict=True):
-        keys = {key for log in log_history for key in log if key == name or key.endswith(f"_{name}")}
-        for key in sorted(key for key in keys if key == name or key.startswith("eval_")):
+        curves = {"training": name, **{eval_set: f"eval_{eval_set}_{name}" for eval_set in eval_sets}}
+        for color, (label, key) in enumerate(curves.items()):
             points = [(log["step"], log[key]) for log in log_history if key in log]
-            axis.plot(
-                *zip(*points, strict=True), marker="." if len(points) < 30 else None, label=_curve_label(key, name)
-            )
+            axis.plot(*np.transpose(points or [(np.nan, np.nan)]), marker=".", color=f"C{color % 10}", label=label)
         axis.set(xlabel="step", title=name)
-        if keys:
-            axis.legend(fontsize=7)
+    axes[0].legend(fontsize=7)
     figure.savefig(Path(output_dir) / "training_curves.png", dpi=120)
-
-
-def _curve_label(key: str, name: str) -> str:
-    return "training" if key == name else key.removeprefix("eval_").removesuffix(f"_{name}")
 
 
 def save_calibration(output_dir: str, name: str, curves: dict[int, dict[str, np.ndarray]]) -> None:
