@@ -8,6 +8,7 @@ import difflib
 import json
 import logging
 import os
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -173,11 +174,19 @@ class RewardTrainingArguments(TrainingArguments):
             raise InputError(
                 "ACCELERATE_USE_CPU is set and would drop the DeepSpeed config silently; unset it, add --use_cpu true"
             )
-        # A plain `python` start is a run of one process.
-        for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        # A plain `python` start is a run of one process; a free port lets several run side by side.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            free_port = str(probe.getsockname()[1])
+        single = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free_port,
+        }
+        for name, value in single.items():
             os.environ.setdefault(name, value)
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "29500")
 
 
 class _OneLineParser(HfArgumentParser):
@@ -248,7 +257,8 @@ def check_output_dir(args: RewardTrainingArguments) -> None:
     Raises:
         InputError: checkpoints in the output folder of a new run, or no checkpoint to resume from.
     """
-    checkpoints = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]))
+    checkpoints = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    checkpoints.sort(key=lambda path: int(path.name[11:]))
     resume = str(args.resume_from_checkpoint or "false")
     if resume.lower() == "false":
         args.resume_from_checkpoint = None
@@ -258,8 +268,10 @@ def check_output_dir(args: RewardTrainingArguments) -> None:
                 "--output_dir, or go on with --resume_from_checkpoint true"
             )
         return
+    while resume.lower() == "true" and checkpoints and not (checkpoints[-1] / "trainer_state.json").is_file():
+        logger.warning("%s is passed over: its saving was cut short", checkpoints.pop())  # the state is saved last
     if resume.lower() == "true" and not checkpoints:
-        raise InputError(f"--resume_from_checkpoint true, but {args.output_dir} holds no checkpoint-*")
+        raise InputError(f"--resume_from_checkpoint true, but {args.output_dir} holds no complete checkpoint-*")
     checkpoint = checkpoints[-1] if resume.lower() == "true" else Path(resume)
     if not (checkpoint / "trainer_state.json").is_file():
         raise InputError(

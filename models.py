@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaModel, LlamaPreTrainedModel
@@ -123,8 +124,9 @@ class RewardTokenizer:
     def save_pretrained(self, output_dir: str | Path) -> None:
         """Saves the tokenizer so that `load_reward_tokenizer` gives the same ids and roles."""
         self.hf_tokenizer.save_pretrained(output_dir)
-        if self.sentencepiece_path and Path(self.sentencepiece_path).parent != Path(output_dir):
-            shutil.copyfile(self.sentencepiece_path, Path(output_dir) / "tokenizer.model")
+        target = Path(output_dir) / "tokenizer.model"
+        if self.sentencepiece_path and Path(self.sentencepiece_path).resolve() != target.resolve():
+            shutil.copyfile(self.sentencepiece_path, target)
 
 
 def load_reward_tokenizer(
@@ -324,13 +326,13 @@ def load_reward_model(
     Raises:
         InputError: the checkpoint lacks weights other than the reward head.
     """
-    config.pad_token_id = tokenizer.pad_token_id
+    config.pad_token_id = None  # set below: an added pad token lies beyond the table that is loaded
     config.reward_settings = asdict(settings)
     try:
         model, info = LlamaRewardModel.from_pretrained(
             path, config=config, dtype=dtype, with_lm_head=with_lm_head, output_loading_info=True
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error
     missing = set(info["missing_keys"]) - {"reward_head.weight"}
     if missing:
@@ -339,6 +341,7 @@ def load_reward_model(
     if len(tokenizer.hf_tokenizer) > config.vocab_size:
         logger.info("embedding table grown from %d to %d tokens", config.vocab_size, len(tokenizer.hf_tokenizer))
         model.resize_token_embeddings(len(tokenizer.hf_tokenizer))
+    model.config.pad_token_id = tokenizer.pad_token_id
     head_loaded = "reward_head.weight" not in info["missing_keys"]
     logger.info("reward head: %s", f"loaded from {path}" if head_loaded else f"initialised (seed {seed})")
     return model, head_loaded

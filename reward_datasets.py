@@ -18,9 +18,9 @@ import gzip
 import hashlib
 import json
 import logging
-import math
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,7 @@ def _read_text(path: Path) -> str:
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: cannot be read as {'gzipped ' * (path.suffix == '.gz')}UTF-8 ({error})") from error
 
 
@@ -276,7 +276,7 @@ def _parse_preference(raw: dict[str, Any], default_id: str, add_sep_token: bool)
     if len(scores) != len(texts):
         raise BadField("scores", f"{len(scores)} scores", f"{len(texts)}, one for each text")
     for i, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= sys.float_info.max:
             raise BadField(f"scores[{i}]", describe(score), "a finite number")
     splits = [
         _split_text(f"text[{i}]", _check_text(f"text[{i}]", text), add_sep_token) for i, text in enumerate(texts)

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# A train script on several machines under Slurm: torchrun meets over c10d, ZeRO-3 spreads the model over all GPUs.
+#   sbatch --nodes=2 --export=ALL,MODEL=huggyllama/llama-7b,DATA_DIR=/shared/hh-split scripts/train_slurm.sh
+#   sbatch --nodes=2 --export=ALL,STAGE=train_base_rm,MODEL=...,DATA_DIR=... scripts/train_slurm.sh
+# Submit from the repository; it, the model, the data and OUTPUT_DIR lie on a file system that all machines see.
+# Example: adapt partition, time and GPUs per machine (below) to the cluster.
+#SBATCH --job-name=apo-rm
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --output=slurm-%x-%j.log
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch}"
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+export NNODES=$SLURM_JOB_NUM_NODES NUM_GPUS=${SLURM_GPUS_ON_NODE:-8} RUN_ID=$SLURM_JOB_ID
+export DEEPSPEED=${DEEPSPEED:-configs/zero3_bf16.json}
+
+srun bash "scripts/${STAGE:-train_apo_rm}.sh" --bf16 true "$@"

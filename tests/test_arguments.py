@@ -1,0 +1,202 @@
+"""The command line: the reference's spelling works, and what is wrong is said in one line before anything loads."""
+
+import logging
+import os
+
+import pytest
+from conftest import CHECKPOINT, E2E, command_line
+
+from arguments import RENAMED_FLAGS, UNUSED_FLAGS, parse_args
+from reward_datasets import InputError
+
+NEEDED = {"model_name_or_path": CHECKPOINT, "eval_data_path": E2E / "eval_a.json", "use_cpu": True}
+REFERENCE_COMMAND = f"""--task_type hh_split --do_train True --eval_at_start False --model_type reward
+    --model_name_or_path {CHECKPOINT} --data_type comparison_pair --train_data_path A.json
+    --eval_data_path B.json C.json --data_suffix rm_base --add_sep_token True --remove_unused_columns false
+    --output_dir O --num_train_epochs 1 --per_device_train_batch_size 1 --per_device_eval_batch_size 1
+    --gradient_accumulation_steps 8 --evaluation_strategy steps --padding_side right --truncation_side left
+    --pooling_type last --max_length 512 --save_strategy steps --save_total_limit 10 --learning_rate 1e-6
+    --warmup_steps 100 --logging_steps 10 --eval_steps 50 --weight_decay 0. --tf32 false --fp16 false --use_cpu true"""
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch, tmp_path):
+    """Parsing sets variables for accelerate; the working folder is a fresh one."""
+    environment = dict(os.environ)
+    monkeypatch.chdir(tmp_path)
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def parse(*parts, **flags):
+    return parse_args(command_line(*parts, **flags))
+
+
+def test_reference_command_line_parses_word_for_word():
+    model_args, data_args, args = parse_args(REFERENCE_COMMAND.split())
+    assert data_args.eval_data_path == ["B.json", "C.json"]
+    assert (model_args.max_length, model_args.pooling_type, model_args.add_sep_token) == (512, "last", True)
+    assert (args.task_type, args.learning_rate, args.warmup_steps, args.weight_decay) == ("hh_split", 1e-6, 100, 0)
+    assert (args.eval_strategy, args.eval_steps, args.save_total_limit) == ("steps", 50, 10)
+    assert args.do_train and not args.eval_on_start and not args.remove_unused_columns
+
+
+@pytest.mark.parametrize("task_type, more", [("training", ""), ("apo", "--apo_loss_coeff 0.1 --apo_sample_num 4")])
+def test_other_reward_models_of_the_reference_parse(task_type, more):
+    command = REFERENCE_COMMAND.replace("--task_type hh_split", f"--task_type {task_type}")
+    command = command.replace("A.json", "A.json A_text_scores.json") + " " + more
+    _, data_args, args = parse_args(command.split())
+    assert data_args.train_data_path == ["A.json", "A_text_scores.json"]
+    assert (args.task_type, args.apo_sample_num) == (task_type, 4 if more else 1)
+
+
+@pytest.mark.parametrize("flag", ["eval_strategy", "evaluation_strategy"])
+def test_both_names_of_the_evaluation_strategy_work(flag):
+    assert parse(**NEEDED, **{flag: "epoch"})[2].eval_strategy == "epoch"
+
+
+def test_eval_at_start_evaluates_before_the_first_step():
+    assert parse(**NEEDED, eval_at_start=True)[2].eval_on_start
+    assert not parse(**NEEDED)[2].eval_on_start
+
+
+@pytest.mark.parametrize("flag", UNUSED_FLAGS)
+def test_flag_that_the_reference_never_reads_is_accepted_with_a_warning(flag, caplog):
+    parse(**NEEDED, **{flag: "5"})
+    warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert f"--{flag} has no effect" in warnings[0]
+
+
+def test_remove_unused_columns_true_is_said_to_have_no_effect(caplog):
+    assert not parse(**NEEDED, remove_unused_columns=True)[2].remove_unused_columns
+    assert "--remove_unused_columns has no effect" in caplog.text
+
+
+def test_given_flags_without_effect_on_the_task_are_named(caplog):
+    parse(**NEEDED, task_type="hh_split", apo_loss_coeff=0.1)
+    assert "no effect with --task_type hh_split" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"pooling_tpye": "last"}, "unknown flag --pooling_tpye; did you mean --pooling_type"),
+        ({"train_data": "A.json"}, "unknown flag --train_data; did you mean --train_data_path"),
+        ({"qqqqqqqq": 1}, "unknown flag --qqqqqqqq; see --help"),
+        ({"max_length": 7}, "--max_length 7: expected at least 8"),
+        ({"max_length": "many"}, "--max_length.*many"),
+        ({"task_type": "sft"}, "--task_type.*'sft'.*'training', 'hh_split', 'apo', 'inference'"),
+        ({"pooling_type": "first"}, "--pooling_type.*'first'.*'last', 'eos', 'average', 'max'"),
+        ({"model_type": "sft"}, "--model_type.*'sft'.*'reward'"),
+        ({"apo_loss_type": "hinge"}, "--apo_loss_type.*'hinge'.*'ranking', 'diff'"),
+        ({"apo_sample_num": 0}, "--apo_sample_num 0: expected 1 or more"),
+        ({"apo_loss_coeff": -1}, "--apo_loss_coeff -1.0: expected 0 or more"),
+        ({"rm_kl_coeff": -0.5}, "--rm_kl_coeff -0.5: expected 0 or more"),
+        ({"lm_loss_coeff": -2}, "--lm_loss_coeff -2.0: expected 0 or more"),
+        ({"calibration_bins": [10, 0]}, r"--calibration_bins \[10, 0\]: expected numbers of 1 or more"),
+        ({"learning_rate": "fast"}, "--learning_rate.*fast"),
+        ({"do_train": True}, "without training data; give --train_data_path"),
+        ({"task_type": "inference", "do_train": True}, "inference.*no --do_train"),
+        ({"task_type": "inference", "eval_data_path": None}, "inference needs the files to score in --eval_data_path"),
+        ({"data_type": "reject_sample"}, "reject_sample is for --task_type inference"),
+        ({"eval_data_path": None}, "nothing to do"),
+        ({"model_name_or_path": None}, "--model_name_or_path"),
+        (
+            {"eval_data_path": None, "do_train": True, "train_data_path": "A", "eval_strategy": "epoch"},
+            "epoch without",
+        ),
+    ],
+    ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
+)
+def test_wrong_flag_is_refused_in_one_line(flags, message):
+    with pytest.raises(InputError, match=message) as error:
+        parse(**NEEDED | flags)
+    assert "\n" not in str(error.value)
+
+
+def test_word_without_a_flag_is_refused():
+    with pytest.raises(InputError, match='"stray" belongs to no flag'):
+        parse(**NEEDED, fp16=["false", "stray"])
+
+
+def test_abbreviated_flag_is_refused():
+    """argparse would otherwise take any unambiguous beginning of a flag for the flag."""
+    with pytest.raises(InputError, match="--pooling_typ; did you mean --pooling_type"):
+        parse(**NEEDED, pooling_typ="last")
+
+
+@pytest.mark.parametrize("flag, replacement", RENAMED_FLAGS.items())
+def test_flag_of_2023_is_refused_with_its_new_name(flag, replacement):
+    with pytest.raises(InputError, match=f"{flag} is no flag of transformers 5") as error:
+        parse(flag, "1", **NEEDED)
+    assert replacement in str(error.value)
+
+
+@pytest.mark.parametrize("content, message", [("{", "broken JSON"), (None, "No such file")])
+def test_deepspeed_config_that_cannot_be_read_is_refused(tmp_path, content, message):
+    path = tmp_path / "ds.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=f"--deepspeed {path}: {message}"):
+        parse(**NEEDED, deepspeed=path)
+
+
+def test_deepspeed_config_that_accelerate_would_drop_is_refused(tmp_path, monkeypatch):
+    """With ACCELERATE_USE_CPU accelerate trains without DeepSpeed and says nothing."""
+    (tmp_path / "ds.json").write_text('{"train_batch_size": "auto"}')
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with pytest.raises(InputError, match=r"ACCELERATE_USE_CPU.*unset it.*--use_cpu true"):
+        parse(**NEEDED, deepspeed=tmp_path / "ds.json")
+
+
+# ------------------------------------------------------------------------------------------------ output folder
+
+TRAINING = NEEDED | {"do_train": True, "train_data_path": E2E / "train.json", "output_dir": "O"}
+
+
+def make_checkpoints(folder, *names, complete=True):
+    for name in names:
+        (folder / "O" / name).mkdir(parents=True)
+        if complete:
+            (folder / "O" / name / "trainer_state.json").write_text("{}")
+
+
+def test_new_run_in_a_folder_with_checkpoints_is_refused(tmp_path):
+    make_checkpoints(tmp_path, "checkpoint-9", "checkpoint-10")
+    with pytest.raises(InputError, match=r"O holds checkpoints of another run \(checkpoint-10\)") as error:
+        parse(**TRAINING)
+    assert "--resume_from_checkpoint true" in str(error.value)
+
+
+def test_resume_takes_the_newest_checkpoint(tmp_path):
+    make_checkpoints(tmp_path, "checkpoint-9", "checkpoint-10")
+    assert parse(**TRAINING, resume_from_checkpoint=True)[2].resume_from_checkpoint == "O/checkpoint-10"
+
+
+def test_resume_takes_the_given_checkpoint(tmp_path):
+    make_checkpoints(tmp_path, "checkpoint-9", "checkpoint-10")
+    assert parse(**TRAINING, resume_from_checkpoint="O/checkpoint-9")[2].resume_from_checkpoint == "O/checkpoint-9"
+
+
+def test_resume_passes_over_a_checkpoint_whose_saving_was_cut_short(tmp_path, caplog):
+    """trainer_state.json is written last, so a folder without it is half a checkpoint."""
+    make_checkpoints(tmp_path, "checkpoint-9")
+    make_checkpoints(tmp_path, "checkpoint-10", complete=False)
+    assert parse(**TRAINING, resume_from_checkpoint=True)[2].resume_from_checkpoint == "O/checkpoint-9"
+    assert "checkpoint-10" in caplog.text
+
+
+def test_folder_that_is_no_checkpoint_is_not_taken_for_one(tmp_path):
+    """`checkpoint-best`, made by hand."""
+    make_checkpoints(tmp_path, "checkpoint-best")
+    assert parse(**TRAINING)[2].resume_from_checkpoint is None
+
+
+@pytest.mark.parametrize(
+    "resume, message", [("true", "holds no complete checkpoint"), ("O/checkpoint-3", "no trainer_state")]
+)
+def test_resume_without_a_checkpoint_is_refused(resume, message):
+    with pytest.raises(InputError, match=message):
+        parse(**TRAINING, resume_from_checkpoint=resume)

@@ -1,0 +1,90 @@
+"""configs/: every file parses, says what it is meant to say, and trains a step through the real command."""
+
+import math
+from pathlib import Path
+
+import pytest
+from conftest import CHECKPOINT, E2E, REPO_ROOT, read_json, run_train, training_losses
+from safetensors.torch import load_file
+
+CONFIGS = sorted((REPO_ROOT / "configs").glob("*.json"))
+BY_TRAINER = ("gradient_accumulation_steps", "gradient_clipping", "train_batch_size", "train_micro_batch_size_per_gpu")
+
+
+def ids(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_config_parses_and_is_documented(path):
+    """DeepSpeed takes unknown keys of zero_optimization for an error; a misspelt key at the top it ignores."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    config = read_json(path)
+    known = {"bf16", "optimizer", "scheduler", "zero_optimization", *BY_TRAINER}
+    assert set(config) <= known
+    settled = {key: value for key, value in config["zero_optimization"].items() if value != "auto"}
+    assert DeepSpeedZeroConfig(**settled).stage in (2, 3)
+    assert f"`{path.name}`" in (REPO_ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_batch_and_clipping_follow_the_command_line(path):
+    config = read_json(path)
+    assert all(config[key] == "auto" for key in BY_TRAINER)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_zero3_config_saves_whole_weights(path):
+    zero = read_json(path)["zero_optimization"]
+    assert zero["stage"] == 2 or zero["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_default_config_is_the_one_of_the_reference():
+    config = read_json(REPO_ROOT / "configs" / "default_offload_opt_param.json")
+    zero = config["zero_optimization"]
+    assert (config["optimizer"]["type"], config["scheduler"]["type"]) == ("AdamW", "WarmupDecayLR")
+    assert set(config["optimizer"]["params"].values()) == set(config["scheduler"]["params"].values()) == {"auto"}
+    assert zero["offload_optimizer"] == zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert zero["sub_group_size"] == zero["stage3_max_live_parameters"] == zero["stage3_max_reuse_distance"] == 1e9
+
+
+def test_hf_schedule_variant_differs_in_the_scheduler_only():
+    default, variant = (
+        read_json(REPO_ROOT / "configs" / name)
+        for name in ("default_offload_opt_param.json", "zero3_offload_hf_schedule.json")
+    )
+    del default["scheduler"]
+    assert variant == default
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=ids)
+def test_config_trains_a_step(path, tmp_path):
+    """Two processes, one step of two pairs: a finite loss, and whole weights in the saved model."""
+    run_train(
+        num_processes=2,
+        timeout=900,  # the first run on a machine builds DeepSpeed's CPU extensions
+        task_type="hh_split",
+        do_train=True,
+        use_cpu=True,
+        deepspeed=path,
+        bf16=read_json(path)["bf16"]["enabled"] is True,
+        model_name_or_path=CHECKPOINT,
+        add_sep_token=True,
+        pooling_type="last",
+        max_length=64,
+        train_data_path=E2E / "train.json",
+        max_steps=1,
+        per_device_train_batch_size=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        output_dir=tmp_path,
+    )
+    losses = training_losses(tmp_path)
+    assert len(losses) == 1 and math.isfinite(losses[0])
+    saved, given = (load_file(folder / "model.safetensors") for folder in (tmp_path, CHECKPOINT))
+    assert {name: tensor.shape for name, tensor in saved.items()} == {
+        name: tensor.shape for name, tensor in given.items() if name != "lm_head.weight"
+    }

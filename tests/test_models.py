@@ -1,0 +1,380 @@
+"""The reward model: pooling, invariance to padding and company, tokenizer roles, loading and saving."""
+
+import logging
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import CHECKPOINT, load_model, make_bpe_tokenizer, read_json, rewards_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+
+from models import (
+    POOLING_TYPES,
+    LlamaRewardModel,
+    load_config,
+    load_reward_tokenizer,
+    pool_rewards,
+    resolve_settings,
+)
+from reward_datasets import InputError
+
+SEQUENCES = st.lists(st.lists(st.integers(5, 1023), min_size=2, max_size=20), min_size=1, max_size=5)
+
+
+@pytest.fixture(scope="module", params=POOLING_TYPES)
+def model(request) -> LlamaRewardModel:
+    return load_model(pooling_type=request.param)[0]
+
+
+# ------------------------------------------------------------------------------------------------ pooling
+
+
+@pytest.mark.parametrize(
+    "pooling_type, right, left",
+    [
+        ("eos", [-4.0, -2.0, -5.0], [-4.0, -2.0, -5.0]),
+        ("last", [-3.0, -6.0, -5.0], [-3.0, -6.0, -5.0]),
+        ("average", [-2.5, -4.0, -5.0], [-2.5, -4.0, -5.0]),
+        ("max", [-1.0, -2.0, -5.0], [-1.0, -2.0, -5.0]),
+    ],
+)
+def test_pooling_by_hand(pooling_type, right, left):
+    """Rewards -1 -2 -3 -4 | -6 -2 pad pad | -5 pad pad pad, padding 9 and 0, which no pooling may take.
+
+    eos: the last token. last: the one before it, or the only one. average: (-1 -2 -3 -4) / 4 = -2.5, (-6 -2) / 2 = -4.
+    max: the largest, though 0 and 9 are larger.
+    """
+    rewards = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-6.0, -2.0, 9.0, 0.0], [-5.0, 9.0, 0.0, 0.0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
+    assert pool_rewards(rewards, mask, pooling_type).tolist() == right
+    assert pool_rewards(rewards.flip(0), mask.flip(0), pooling_type).tolist() == right[::-1]
+    padded_left = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [9.0, 0.0, -6.0, -2.0], [9.0, 0.0, 0.0, -5.0]])
+    assert pool_rewards(padded_left, mask.flip(1), pooling_type).tolist() == left
+
+
+# ------------------------------------------------------------------------------------------------ invariance
+
+
+@given(SEQUENCES)
+@settings(max_examples=15, deadline=None)
+def test_padding_and_batch_mates_do_not_change_a_reward(model, sequences):
+    """Each sequence by itself needs no padding at all."""
+    alone = torch.cat([rewards_of(model, [sequence], 3) for sequence in sequences])
+    torch.testing.assert_close(rewards_of(model, sequences, 3), alone, rtol=0, atol=1e-5)
+
+
+@given(SEQUENCES)
+@settings(max_examples=15, deadline=None)
+def test_padding_side_does_not_change_a_reward(model, sequences):
+    right, left = (rewards_of(model, sequences, 3, side) for side in ("right", "left"))
+    torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
+
+
+@given(SEQUENCES, st.data())
+@settings(max_examples=15, deadline=None)
+def test_order_of_the_batch_does_not_change_a_reward(model, sequences, data):
+    order = data.draw(st.permutations(range(len(sequences))))
+    shuffled = rewards_of(model, [sequences[i] for i in order], 3)
+    torch.testing.assert_close(shuffled, rewards_of(model, sequences, 3)[list(order)], rtol=0, atol=1e-5)
+
+
+def test_rewards_of_different_sequences_differ(model):
+    """So that the invariances above are not those of a constant; `max` may pick the same token of the first two."""
+    rewards = rewards_of(model, [[1, 7, 8, 2], [1, 9, 8, 2], [9, 7, 8, 2]], 3).tolist()
+    assert len(set(rewards)) >= (2 if model.settings.pooling_type == "max" else 3)
+
+
+def test_pad_token_at_any_id_has_no_influence(model):
+    sequences = [[1, 7, 8, 2], [1, 9, 2]]
+    torch.testing.assert_close(rewards_of(model, sequences, 500), rewards_of(model, sequences, 3), rtol=0, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------ LM loss
+
+
+def test_lm_loss_is_the_mean_over_the_targets_of_each_sequence():
+    """Each sequence by itself, log-softmax written out; a sequence of 5 tokens has 4 targets, padding has none."""
+    model, _ = load_model(with_lm_head=True)
+    sequences = [[1, 7, 8, 9, 2], [1, 10, 2]]
+    input_ids = torch.tensor([sequences[0], [*sequences[1], 3, 3]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    with torch.no_grad():
+        lm_losses = model(input_ids, mask, torch.tensor([True, True])).lm_losses
+        for sequence, loss in zip(sequences, lm_losses, strict=True):
+            logits = model.lm_head(model.model(torch.tensor([sequence])).last_hidden_state)[0]
+            targets = [logits[i].logsumexp(0) - logits[i, token] for i, token in enumerate(sequence[1:])]
+            assert loss.item() == pytest.approx(sum(targets).item() / len(targets), abs=1e-5)
+
+
+def test_lm_loss_of_a_head_that_knows_nothing_is_the_logarithm_of_the_vocabulary():
+    """A zero head gives each of the 1,024 tokens the same probability."""
+    model, _ = load_model(with_lm_head=True)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    lm_losses = model(torch.tensor([[1, 7, 8, 2]] * 2), torch.ones(2, 4), torch.tensor([True, False])).lm_losses
+    assert lm_losses.tolist() == pytest.approx([math.log(1024), 0.0])
+
+
+def test_lm_head_takes_no_part_unless_asked_for():
+    model, _ = load_model(with_lm_head=True)
+    without, _ = load_model()
+    assert without.lm_head is None and "lm_head.weight" not in without.state_dict()
+    torch.testing.assert_close(rewards_of(model, [[1, 7, 2]], 3), rewards_of(without, [[1, 7, 2]], 3), rtol=0, atol=0)
+
+
+def test_tied_lm_head_stays_the_embedding(tmp_path):
+    """As in SmolLM2: the checkpoint holds one table, which grows with the tokenizer, and the model trains one."""
+    make_bpe_tokenizer(["<|bos|>", "<|eos|>"]).save_pretrained(tmp_path)
+    config = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config |= {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": True}
+    LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model, _ = load_model(tmp_path, with_lm_head=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.shape == (302, 16)
+
+
+# ------------------------------------------------------------------------------------------------ loading and saving
+
+
+def test_saved_model_reloads_to_the_same_rewards_and_settings(tmp_path):
+    flags = {"pooling_type": "eos", "max_length": 99, "truncation_side": "right", "add_sep_token": True}
+    model, tokenizer = load_model(**flags)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, tokenizer_again = load_model(tmp_path)
+    sequences = [[1, 7, 8, 2], [1, 9, 2]]
+    assert rewards_of(again, sequences, 3).tolist() == rewards_of(model, sequences, 3).tolist()
+    assert again.settings == model.settings
+    recorded = read_json(tmp_path / "config.json")
+    assert recorded["reward_settings"] == flags | {"tokenizer_backend": "sentencepiece", "sep_token_id": 4}
+    assert recorded["pad_token_id"] == 3
+    assert (tmp_path / "tokenizer.model").read_bytes() == (CHECKPOINT / "tokenizer.model").read_bytes()
+    texts = ["Why?", " Because it is so."]
+    assert tokenizer_again.encode(texts) == tokenizer.encode(texts)
+
+
+@pytest.mark.parametrize("with_lm_head", [False, True])
+def test_keys_are_those_of_the_reference_the_lm_head_only_with_its_loss(tmp_path, with_lm_head):
+    model, _ = load_model(with_lm_head=with_lm_head)
+    model.save_pretrained(tmp_path)
+    expected = load_file(CHECKPOINT / "model.safetensors")
+    saved = load_file(tmp_path / "model.safetensors")
+    assert saved.keys() == expected.keys() - (set() if with_lm_head else {"lm_head.weight"})
+    assert saved["reward_head.weight"].shape == (1, 32)
+    for name, weight in saved.items():
+        torch.testing.assert_close(weight, expected[name], rtol=0, atol=0, msg=name)
+
+
+def test_lm_loss_on_a_checkpoint_without_lm_head_is_refused(tmp_path):
+    """A head of random numbers would be trained in its place."""
+    model, tokenizer = load_model()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"lacks 1 weights \(lm_head.weight\)"):
+        load_model(tmp_path, with_lm_head=True)
+
+
+def test_existing_head_is_never_initialised_again(caplog):
+    expected = load_file(CHECKPOINT / "model.safetensors")["reward_head.weight"]
+    with caplog.at_level(logging.INFO, logger="models"):
+        for seed in (1, 2):
+            assert torch.equal(load_model(seed=seed)[0].reward_head.weight, expected)
+    assert caplog.text.count(f"reward head: loaded from {CHECKPOINT}") == 2
+    assert "initialised" not in caplog.text
+
+
+def test_new_head_is_reproduced_by_its_seed(base_llama, caplog):
+    with caplog.at_level(logging.INFO, logger="models"):
+        heads = [load_model(base_llama, seed=seed)[0].reward_head.weight for seed in (42, 42, 43)]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert heads[0].abs().max() > 0
+    assert "reward head: initialised (seed 42)" in caplog.text
+    assert "loaded from" not in caplog.text
+
+
+def test_flag_wins_over_the_checkpoint_with_a_warning(caplog):
+    config = LlamaConfig(reward_settings={"pooling_type": "last", "max_length": 512})
+    settled = resolve_settings(config, pooling_type="eos", max_length=None, truncation_side="left")
+    assert (settled.pooling_type, settled.max_length, settled.truncation_side) == ("eos", 512, "left")
+    assert "--pooling_type eos contradicts the checkpoint, which was trained with last" in caplog.text
+    assert caplog.text.count("contradicts") == 1
+
+
+def test_checkpoint_of_the_reference_takes_its_defaults():
+    settled = resolve_settings(LlamaConfig())
+    assert (settled.pooling_type, settled.max_length, settled.truncation_side) == ("average", 256, "left")
+    assert settled.add_sep_token is False
+
+
+def copy_checkpoint(folder):
+    shutil.copytree(CHECKPOINT, folder, dirs_exist_ok=True)
+    return folder
+
+
+def test_model_folder_without_config_is_refused(tmp_path):
+    (copy_checkpoint(tmp_path) / "config.json").unlink()
+    with pytest.raises(InputError, match=f"{tmp_path}: the model folder has no config.json"):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_broken_config_is_refused(tmp_path, content):
+    (copy_checkpoint(tmp_path) / "config.json").write_text(content)
+    with pytest.raises(InputError, match=str(tmp_path)) as error:
+        load_config(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_model_that_is_nowhere_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no/where: no model there") as error:
+        load_config("no/where")
+    assert "\n" not in str(error.value)
+
+
+def test_other_architecture_is_refused(tmp_path):
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="found the architecture gpt2, expected llama"):
+        load_config(str(tmp_path))
+
+
+def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    """transformers would fill them with random numbers."""
+    weights = load_file(copy_checkpoint(tmp_path) / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 weights \(model.layers.0.mlp.up_proj.weight\)"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_unreadable_weights_are_refused(tmp_path, damage):
+    weights = copy_checkpoint(tmp_path) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000]) if damage == "cut" else weights.unlink()
+    with pytest.raises(InputError, match=f"{tmp_path}: the weights cannot be loaded") as error:
+        load_model(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+
+def test_sentencepiece_checkpoint_takes_two_byte_pieces_for_its_roles():
+    tokenizer = load_reward_tokenizer(str(CHECKPOINT))
+    assert (tokenizer.pad_token_id, tokenizer.sep_token_id) == (3, 4)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
+
+
+def test_sentencepiece_keeps_the_dummy_prefix_that_transformers_drops():
+    """' Here' begins with the dummy prefix and a space: two of them."""
+    ours = load_reward_tokenizer(str(CHECKPOINT))
+    theirs = load_reward_tokenizer(str(CHECKPOINT), backend="transformers")
+    pieces = [ours._sentencepiece.id_to_piece(i) for i in ours.encode([" Here"])[0]]
+    assert "".join(pieces) == "▁▁Here"
+    assert ours.encode([" Here"]) != theirs.encode([" Here"])
+    assert ours.encode(["Here"]) == theirs.encode(["Here"])
+
+
+@given(st.text())
+@settings(max_examples=60, deadline=None)
+def test_no_text_holds_the_id_of_a_role(text):
+    tokenizer = _sentencepiece_tokenizer()
+    [ids] = tokenizer.encode([f"\x00{text}\x01 and \x00\x01 more"])
+    assert not {tokenizer.pad_token_id, tokenizer.sep_token_id} & set(ids)
+    assert ids
+
+
+_CACHE = {}
+
+
+def _sentencepiece_tokenizer():
+    return _CACHE.setdefault("tokenizer", load_reward_tokenizer(str(CHECKPOINT)))
+
+
+def save_bpe(folder, special_tokens, chat_template=None, **roles):
+    tokenizer = make_bpe_tokenizer(special_tokens, **roles)
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=300).save_pretrained(folder)
+    return load_reward_tokenizer(str(folder))
+
+
+BOS_EOS = ["<|bos|>", "<|eos|>"]
+
+
+@pytest.mark.parametrize(
+    "special_tokens, roles, template, expected",
+    [
+        (["<|pad|>", "<|x|>"], {"pad_token": "<|pad|>"}, None, ("<|pad|>", "<|x|>")),
+        (["<|x|>", "<|pad|>", "<|y|>"], {"pad_token": "<|pad|>"}, None, ("<|pad|>", "<|x|>")),
+        (["<|x|>", "<|y|>"], {"pad_token": "<|eos|>"}, None, ("<|x|>", "<|y|>")),
+        (["<|unk|>", "<|x|>", "<|y|>"], {"unk_token": "<|unk|>", "pad_token": "<|unk|>"}, None, ("<|x|>", "<|y|>")),
+        (["<|user|>", "<|x|>", "<|y|>"], {}, "{{ '<|user|>' }}", ("<|x|>", "<|y|>")),
+        (["<|user|>", "<|x|>"], {}, "{{ '<|user|>' }}", ("<|x|>", "<|reward_sep|>")),
+        (["<|pad|>"], {"pad_token": "<|pad|>"}, None, ("<|pad|>", "<|reward_sep|>")),
+        ([], {}, None, ("<|reward_pad|>", "<|reward_sep|>")),
+    ],
+    ids=["own pad", "own pad behind", "pad is eos", "pad is unk", "template", "one spare", "only pad", "none"],
+)
+def test_roles_of_other_tokenizers_follow_the_stated_rule(tmp_path, special_tokens, roles, template, expected):
+    """Own pad token unless it is bos, eos or unk; then special tokens that nothing uses; then new ones."""
+    extra = {"extra_special_tokens": [token for token in special_tokens if token not in roles.values()]}
+    tokenizer = save_bpe(tmp_path, [*BOS_EOS, *special_tokens], template, **roles, **extra)
+    ids = [tokenizer.pad_token_id, tokenizer.sep_token_id]
+    assert tuple(tokenizer.hf_tokenizer.convert_ids_to_tokens(ids)) == expected
+    assert not set(ids) & {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.hf_tokenizer.unk_token_id}
+    tokens = " and ".join(expected)
+    [encoded] = tokenizer.encode([f"text with {tokens} in it"])
+    assert not set(ids) & set(encoded)
+    assert tokenizer.decode(encoded).startswith("text with") and tokenizer.decode(encoded).endswith("in it")
+
+
+def test_added_roles_grow_the_embedding_and_are_recorded(bpe_llama, tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="models"):
+        model, tokenizer = load_model(bpe_llama, add_sep_token=True)
+    assert "embedding table grown from 300 to 302 tokens" in caplog.text
+    assert model.model.embed_tokens.weight.shape == (302, 32)
+    before = load_file(bpe_llama / "model.safetensors")["model.embed_tokens.weight"]
+    torch.testing.assert_close(model.model.embed_tokens.weight[:300], before, rtol=0, atol=0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    caplog.clear()
+    again, tokenizer_again = load_model(tmp_path)
+    assert "grown" not in caplog.text
+    assert (tokenizer_again.pad_token_id, tokenizer_again.sep_token_id) == (300, 301)
+    assert (again.config.pad_token_id, again.settings.sep_token_id) == (300, 301)
+    sequences = [[0, 9, 301, 8, 1], [0, 301, 1]]
+    assert rewards_of(again, sequences, 300).tolist() == rewards_of(model, sequences, 300).tolist()
+
+
+def test_added_rows_are_reproduced_by_the_seed(bpe_llama):
+    rows = [load_model(bpe_llama, seed=seed)[0].model.embed_tokens.weight[300:] for seed in (42, 42, 43)]
+    assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
+
+
+def test_tokenizer_without_bos_is_refused(tmp_path):
+    tokenizer = make_bpe_tokenizer(BOS_EOS)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    LlamaConfig(vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no bos or no eos"):
+        load_reward_tokenizer(str(tmp_path))
+
+
+def test_folder_without_tokenizer_is_refused(tmp_path):
+    LlamaConfig(vocab_size=300).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"{tmp_path}: no usable tokenizer") as error:
+        load_reward_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_tokenizer_saves_into_the_folder_it_came_from(tmp_path, monkeypatch):
+    """Training on in place, the folder written in two ways."""
+    folder = copy_checkpoint(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    load_reward_tokenizer("model").save_pretrained(folder)
+    assert (folder / "tokenizer.model").read_bytes() == (CHECKPOINT / "tokenizer.model").read_bytes()

@@ -1,0 +1,398 @@
+"""The command itself: what it refuses, what it writes, and that an interrupted run loses nothing."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHECKPOINT, E2E, REPO_ROOT, command_line, pair, read_json, run_main, run_train, write_records
+from safetensors.torch import load_file
+
+GOOD = {"text": ["a<sep>b", "a<sep>c"], "scores": [1, 0]}
+ON_CPU = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+# Content of the training file, and what the one line must say of it. The records are the second of their file.
+BAD_FILES = {
+    "missing": (None, "no such file"),
+    "empty": ("", "the file is empty"),
+    "no records": ("[]", "holds no records"),
+    "broken JSON": ('[{"text": ["a<sep>b"],\n  "scores" [1]}]', "broken JSON at line 2 column 12"),
+    "broken JSON lines": (json.dumps(GOOD) + '\n{"text": ', "broken JSON at line 2 column 10"),
+    "record that is no object": ([GOOD, "hello"], 'record 2: found the string "hello", expected an object'),
+    "text missing": ([GOOD, {"scores": [1, 0]}], 'record 2: field "text": found no such field.*expected a list'),
+    "text no list": ([GOOD, GOOD | {"text": "a"}], 'record 2: field "text": found the string "a", expected a list'),
+    "text of a number": (
+        [GOOD, GOOD | {"text": ["a<sep>b", 1]}],
+        r'record 2: field "text\[1\]": found the number 1, exp',
+    ),
+    "text empty": (
+        [GOOD, GOOD | {"text": ["", "a<sep>b"]}],
+        r'record 2: field "text\[0\]": found "", expected a non-empty',
+    ),
+    "scores missing": (
+        [GOOD, {"text": GOOD["text"]}],
+        'record 2: field "scores": found no such field.*expected a list',
+    ),
+    "scores shorter": ([GOOD, GOOD | {"scores": [1]}], 'record 2: field "scores": found 1 scores, expected 2'),
+    "score a string": (
+        [GOOD, GOOD | {"scores": [1, "0"]}],
+        r'record 2: field "scores\[1\]": found the string "0", expect',
+    ),
+    "score NaN": (
+        [GOOD, GOOD | {"scores": [1, float("nan")]}],
+        r'record 2: field "scores\[1\]": found the number nan, exp',
+    ),
+    "score infinity": (
+        [GOOD, GOOD | {"scores": [float("inf"), 0]}],
+        r'field "scores\[0\]": found the number inf, expected',
+    ),
+    "one response": (
+        [GOOD, {"text": ["a<sep>b"], "scores": [1]}],
+        r'record 2: field "text": found 1 response\(s\), expec',
+    ),
+    "no separator": (
+        [GOOD, GOOD | {"text": ["a b", "a<sep>c"]}],
+        r'record 2: field "text\[0\]": found no <sep>, expected',
+    ),
+    "two separators": (
+        [GOOD, GOOD | {"text": ["a<sep>b<sep>c", "a<sep>c"]}],
+        r'field "text\[0\]": found 2 <sep>, expected',
+    ),
+    "all scores equal": (
+        [GOOD | {"scores": [1, 1]}] * 2,
+        'field "scores": found equal scores within each of the 2 recor',
+    ),
+}
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Runs the command; it must end with status 2 and one line before any weight is loaded. Returns that line."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the weights were loaded")
+
+    def run(**flags) -> str:
+        monkeypatch.setattr("models.load_reward_model", fail)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run_main(**ON_CPU, **flags)
+        return check_refusal(exit_.value.code, capsys.readouterr().err)
+
+    return run
+
+
+def check_refusal(exit_status: int, stderr: str) -> str:
+    assert exit_status == 2
+    assert "Traceback" not in stderr
+    errors = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, stderr
+    assert stderr.rstrip().endswith(errors[0])  # nothing after it, so that the message is the one line
+    return errors[0]
+
+
+def training(tmp_path: Path, **flags) -> dict:
+    run = {"model_name_or_path": CHECKPOINT, "do_train": True, "train_data_path": E2E / "train.json"}
+    return run | {"output_dir": tmp_path / "out", "save_strategy": "no"} | flags
+
+
+def write_content(path: Path, content: object) -> Path:
+    if isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif content is not None:
+        write_records(path, content)
+    return path
+
+
+@pytest.mark.parametrize("content, message", BAD_FILES.values(), ids=BAD_FILES)
+def test_wrong_training_file_is_refused(refused, tmp_path, content, message):
+    path = write_content(tmp_path / "A.json", content)
+    error = refused(**training(tmp_path, train_data_path=[E2E / "train.json", path], add_sep_token=True))
+    assert re.search(f"{path}: .*{message}", error) or re.search(f"{path}: {message}", error), error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["missing", "broken JSON", "scores shorter", "two separators"])
+def test_wrong_evaluation_file_is_refused(refused, tmp_path, name):
+    content, message = BAD_FILES[name]
+    path = write_content(tmp_path / "B.json", content)
+    error = refused(**training(tmp_path, eval_data_path=[E2E / "eval_a.json", path], add_sep_token=True))
+    assert re.search(f"{path}: .*{message}", error) or re.search(f"{path}: {message}", error), error
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"task_type": "sft"}, "--task_type.*: invalid choice: 'sft'.*hh_split"),
+        ({"pooling_type": "first"}, "--pooling_type.*: invalid choice: 'first'.*average"),
+        ({"model_type": "sft"}, "--model_type.*: invalid choice: 'sft'.*reward"),
+        ({"max_length": 7}, "--max_length 7: expected at least 8 tokens"),
+        ({"train_data_path": None}, "without training data; give --train_data_path"),
+        ({"pooling_tpye": "last"}, "unknown flag --pooling_tpye; did you mean --pooling_type"),
+        ({"no_cuda": True}, "--no_cuda is no flag of transformers 5: now --use_cpu"),
+        ({"overwrite_output_dir": True}, "--overwrite_output_dir is no flag of transformers 5: gone"),
+        ({"model_name_or_path": "no/where"}, "no/where: no model there"),
+        (
+            {"eval_data_path": E2E / "eval_a.json", "metric_for_best_model": "f1"},
+            "--metric_for_best_model f1: expected one of eval_a.json_loss, eval_a.json_accuracy",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_wrong_flag_is_refused(refused, tmp_path, flags, message):
+    assert re.search(message, refused(**training(tmp_path, **flags)))
+
+
+def test_model_folder_without_config_is_refused(refused, tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "model", ignore=shutil.ignore_patterns("config.json"))
+    error = refused(**training(tmp_path, model_name_or_path=tmp_path / "model"))
+    assert f"{tmp_path / 'model'}: the model folder has no config.json" in error
+
+
+@pytest.mark.parametrize("content", ['{"zero_optimization": {"stage": 3}', None])
+def test_deepspeed_config_that_does_not_parse_is_refused(refused, tmp_path, content):
+    path = write_content(tmp_path / "ds.json", content)
+    error = refused(**training(tmp_path, deepspeed=path))
+    assert f"--deepspeed {path}: " in error and "give a DeepSpeed JSON file" in error
+
+
+def test_deepspeed_config_that_would_be_dropped_is_refused(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    path = write_records(tmp_path / "ds.json", {"train_batch_size": "auto"})
+    assert "ACCELERATE_USE_CPU is set" in refused(**training(tmp_path, deepspeed=path))
+
+
+def test_output_folder_with_checkpoints_of_another_run_is_refused(refused, tmp_path):
+    write_records(tmp_path / "out" / "checkpoint-8" / "trainer_state.json", {})
+    error = refused(**training(tmp_path))
+    assert f"{tmp_path / 'out'} holds checkpoints of another run (checkpoint-8)" in error
+
+
+@pytest.mark.parametrize("name", ["broken JSON", "no separator"])
+def test_real_process_ends_with_one_line_and_status_2(tmp_path, name):
+    """The same as above, as a user sees it."""
+    content, message = BAD_FILES[name]
+    path = write_content(tmp_path / "A.json", content)
+    flags = training(tmp_path, train_data_path=path, add_sep_token=True)
+    done = run_train(**ON_CPU, **flags, exit_status=2)
+    error = check_refusal(done.returncode, done.stderr)
+    assert re.search(f"{path}: .*{message}|{path}: {message}", error), error
+    assert done.stdout == ""
+
+
+def test_scoring_with_an_untrained_head_is_refused(base_llama, tmp_path, capsys):
+    """Whether the head is there is known once the weights are loaded."""
+    flags = {"model_name_or_path": base_llama, "task_type": "inference", "data_type": "reject_sample"}
+    with pytest.raises(SystemExit) as exit_:
+        run_main(**ON_CPU, **flags, eval_data_path=E2E / "samples.json", output_dir=tmp_path / "out")
+    error = check_refusal(exit_.value.code, capsys.readouterr().err)
+    assert f"{base_llama}: found no reward head" in error and "give a trained reward model" in error
+    assert not list(tmp_path.glob("out/*"))
+
+
+# ------------------------------------------------------------------------------------------------ a whole run
+
+
+@pytest.fixture(scope="module")
+def eval_files(tmp_path_factory) -> list[Path]:
+    """Two evaluation files of the same name, of 5 and 6 pairs."""
+    folder = tmp_path_factory.mktemp("eval_files")
+    records = read_json(E2E / "eval_a.json")
+    return [
+        write_records(folder / "a" / "test.json", records[:5]),
+        write_records(folder / "b" / "test.json", records[5:11]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def apo_run(tmp_path_factory, eval_files) -> Path:
+    """Six steps of the APO RM, evaluated and saved every two, the best checkpoint loaded at the end."""
+    output_dir = tmp_path_factory.mktemp("apo_run")
+    run_main(
+        **ON_CPU,
+        model_name_or_path=CHECKPOINT,
+        task_type="apo",
+        do_train=True,
+        apo_loss_coeff=0.5,
+        apo_sample_num=4,
+        train_data_path=[E2E / "train.json", E2E / "apo.json"],
+        eval_data_path=eval_files,
+        add_sep_token=True,
+        pooling_type="last",
+        max_length=64,
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=4,
+        max_steps=6,
+        learning_rate=3e-3,
+        logging_steps=1,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        eval_at_start=True,
+        rm_calibration=True,
+        calibration_bins=[5, 10],
+        save_calibration=True,
+        metric_for_best_model="b/test.json_accuracy",
+        load_best_model_at_end=True,
+        output_dir=output_dir,
+    )
+    return output_dir
+
+
+def log_history(output_dir: Path) -> list[dict]:
+    return read_json(output_dir / "trainer_state.json")["log_history"]
+
+
+def test_output_folder_holds_everything(apo_run):
+    expected = """checkpoint-2 checkpoint-4 checkpoint-6 trainer_state.json train_results.json eval_results.json
+        all_results.json final_eval_results.json training_curves.png config.json model.safetensors tokenizer.json
+        tokenizer.model tokenizer_config.json README.md arguments.json manifest.json calibration_a_test.json
+        calibration_a_test.png calibration_b_test.json calibration_b_test.png"""
+    assert set(expected.split()) <= {path.name for path in apo_run.iterdir()}
+    assert not list(apo_run.rglob("*.tmp"))
+    for checkpoint in apo_run.glob("checkpoint-*"):
+        names = {path.name for path in checkpoint.iterdir()}
+        assert {"model.safetensors", "config.json", "tokenizer.model", "trainer_state.json", "optimizer.pt"} <= names
+
+
+def test_metrics_have_the_names_of_the_reference_and_plain_ones(apo_run):
+    results = read_json(apo_run / "final_eval_results.json")
+    assert list(results) == ["a/test.json", "b/test.json"]
+    names = ["Preference Acc", "Avg Score", "loss", "accuracy", "margin", "mean_reward", "pairs", "ties"]
+    names += [f"calibration_{name}_bin{bins}" for name in ("ECE", "ACE", "MCE") for bins in (5, 10)]
+    for eval_set, metrics in results.items():
+        assert {f"eval_{eval_set}_{name}" for name in names} <= metrics.keys()
+        assert metrics[f"eval_{eval_set}_accuracy"] == metrics[f"eval_{eval_set}_Preference Acc"]
+    combined = read_json(apo_run / "eval_results.json")
+    assert combined == {key: value for metrics in results.values() for key, value in metrics.items()}
+    assert combined["eval_a/test.json_pairs"] == 5 and combined["eval_b/test.json_pairs"] == 6
+    assert (
+        combined.keys() | read_json(apo_run / "train_results.json").keys()
+        == read_json(apo_run / "all_results.json").keys()
+    )
+
+
+def test_every_training_log_holds_both_terms_whose_sum_is_the_loss(apo_run):
+    logs = [log for log in log_history(apo_run) if "loss" in log]
+    assert [log["step"] for log in logs] == [1, 2, 3, 4, 5, 6]
+    for log in logs:
+        assert {"accuracy", "margin"} <= log.keys()
+        assert log["ranking_term"] + log["apo_term"] == pytest.approx(log["loss"], abs=1e-6)
+    assert any(log["apo_term"] > 0 for log in logs)
+
+
+def test_both_sets_are_evaluated_before_and_during_training(apo_run):
+    for eval_set in ("a", "b"):
+        steps = [log["step"] for log in log_history(apo_run) if f"eval_{eval_set}/test.json_accuracy" in log]
+        assert steps[:4] == [0, 2, 4, 6]
+
+
+def test_best_checkpoint_is_the_one_left_at_the_end(apo_run):
+    state = read_json(apo_run / "trainer_state.json")
+    key = "eval_b/test.json_accuracy"
+    accuracies = {log["step"]: log[key] for log in state["log_history"][:-2] if key in log and log["step"] > 0}
+    assert state["best_metric"] == max(accuracies.values())
+    best = Path(state["best_model_checkpoint"])
+    assert accuracies[int(best.name.removeprefix("checkpoint-"))] == state["best_metric"]
+    weights, final = (load_file(folder / "model.safetensors") for folder in (best, apo_run))
+    assert all(torch.equal(weights[name], final[name]) for name in weights)
+    assert read_json(apo_run / "final_eval_results.json")["b/test.json"][key] == state["best_metric"]
+
+
+def test_arguments_and_manifest_record_the_run(apo_run, eval_files):
+    arguments = read_json(apo_run / "arguments.json")
+    assert (arguments["apo_loss_coeff"], arguments["max_length"], arguments["learning_rate"]) == (0.5, 64, 3e-3)
+    assert set(read_json(apo_run / "manifest.json")["data"]) == {
+        str(path) for path in (E2E / "train.json", E2E / "apo.json", *eval_files)
+    }
+    reward_settings = read_json(apo_run / "config.json")["reward_settings"]
+    assert (reward_settings["pooling_type"], reward_settings["max_length"]) == ("last", 64)
+
+
+def test_saved_model_evaluates_to_the_same_metrics_without_repeating_its_flags(apo_run, eval_files, tmp_path):
+    """Pooling, length, separator and truncation come from config.json; another batch size changes nothing."""
+    flags = {"task_type": "apo", "apo_loss_coeff": 0.5, "apo_sample_num": 4, "per_device_eval_batch_size": 3}
+    run_main(**ON_CPU, **flags, model_name_or_path=apo_run, eval_data_path=eval_files, output_dir=tmp_path)
+    again, before = (read_json(folder / "eval_results.json") for folder in (tmp_path, apo_run))
+    names = [f"eval_{s}/test.json_{m}" for s in "ab" for m in ("accuracy", "margin", "mean_reward", "loss", "pairs")]
+    assert {name: again[name] for name in names} == pytest.approx({name: before[name] for name in names}, abs=1e-5)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_debug_mode_uses_64_records_of_each_file(tmp_path):
+    path = write_records(tmp_path / "many.json", [pair(f"Question {i}?") for i in range(70)])
+    flags = {"model_name_or_path": CHECKPOINT, "eval_data_path": path}
+    run_main(**ON_CPU, **flags, debug_mode=True, output_dir=tmp_path / "debug")
+    run_main(**ON_CPU, **flags, output_dir=tmp_path / "whole")
+    pairs = [read_json(tmp_path / run / "eval_results.json")["eval_many.json_pairs"] for run in ("debug", "whole")]
+    assert pairs == [64, 70]
+
+
+def test_scores_are_written_once_and_in_order(tmp_path):
+    """A second run replaces the file. Ids may hold colons, answers may repeat, and keys differ between records."""
+    records = [
+        {"query_id": "a:1", "query": "Why?", "sample_0": " So.", "sample_1": " So.", "my_gpt4": " No."},
+        {"query_id": "b", "query": "What?", "ans_x": " This."},
+    ]
+    path = write_records(tmp_path / "many.samples.json", records)
+    flags = {"model_name_or_path": CHECKPOINT, "task_type": "inference", "data_type": "reject_sample"}
+    for _ in range(2):
+        run_main(**ON_CPU, **flags, eval_data_path=path, data_suffix="rm", output_dir=tmp_path / "out")
+    [result] = (tmp_path / "out").glob("*_pred_rm_results.json")
+    assert result.name == "many.samples_pred_rm_results.json"
+    rows = read_json(result)
+    assert [list(row) for row in rows] == [["a:1:sample_0"], ["a:1:sample_1"], ["a:1:my_gpt4"], ["b:ans_x"]]
+    assert rows[0]["a:1:sample_0"] == rows[1]["a:1:sample_1"] != rows[2]["a:1:my_gpt4"]
+
+
+# ------------------------------------------------------------------------------------------------ interruption
+
+
+def test_killed_and_resumed_run_ends_as_an_undisturbed_one(tmp_path):
+    """Killed at its first checkpoint, in the middle of an epoch; the weights are the same bit by bit."""
+    flags = training(tmp_path, eval_data_path=E2E / "eval_b.json", save_strategy="steps", save_steps=10, max_steps=40)
+    flags |= {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "max_length": 64, "logging_steps": 5}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = command_line(**ON_CPU, **flags | {"output_dir": killed})
+    process = subprocess.Popen(
+        [sys.executable, str(REPO_ROOT / "train.py"), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while not (killed / "checkpoint-10" / "trainer_state.json").is_file():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "model.safetensors").exists()
+
+    run_main(**ON_CPU, **flags | {"output_dir": whole})
+    run_main(**ON_CPU, **flags | {"output_dir": killed, "resume_from_checkpoint": True})
+    expected, weights = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    logs = [[(log["step"], log["loss"]) for log in log_history(d) if "loss" in log] for d in (whole, killed)]
+    assert logs[0] == logs[1] and len(logs[0]) == 8
+    metrics = [
+        {k: v for k, v in read_json(d / "eval_results.json").items() if "time" not in k and "_per_second" not in k}
+        for d in (whole, killed)
+    ]
+    assert metrics[0] == metrics[1]
+
+
+def test_help_shows_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        run_main("--help")
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--apo_loss_coeff", "--evaluation_strategy", "--add_sep_token"))

@@ -1,0 +1,121 @@
+"""Prints the evaluation results of several runs side by side, with confidence intervals.
+
+    python tools/compare_runs.py outputs/rm_base outputs/rm_apo
+
+An interval is Wilson's, at 95 %. It takes pairs as independent, which several samples for one prompt are not quite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from reward_datasets import InputError, exit_on_input_error, name_datasets
+
+RESULTS_FILE = "final_eval_results.json"
+Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+COLUMNS = ("evaluation set", "run", "accuracy %", "95 % interval", "pairs", "ties", "margin")
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share that was observed in `count` independent trials.
+
+    Returns:
+        (low, high) within [0, 1].
+    """
+    assert 0 <= share <= 1 and count > 0, (share, count)
+    spread = Z_95**2 / count
+    center = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def read_results(run_dir: str | Path) -> dict[str, dict[str, float]]:
+    """Reads what a run found on each evaluation set, {set: {metric: value}}.
+
+    Raises:
+        InputError: no results there, or no JSON object of objects.
+    """
+    path = Path(run_dir) / RESULTS_FILE
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the --output_dir of a run that evaluated")
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: broken JSON ({error}); expected what train.py wrote") from error
+    if not isinstance(results, dict) or not all(isinstance(metrics, dict) for metrics in results.values()):
+        raise InputError(f"{path}: found no object of evaluation sets; expected what train.py wrote")
+    return results
+
+
+def format_row(name: str, run: str, metrics: dict[str, float], bins: int) -> tuple[str, ...]:
+    """One row of the table; "-" stands for what the run did not measure."""
+    found = {key.removeprefix(f"eval_{name}_"): value for key, value in metrics.items()}
+    num_pairs = found.get("pairs", 0)
+    if not num_pairs:
+        return (name, run, "-", "-", "0", "-", "-", "-")
+    low, high = wilson_interval(found["accuracy"], num_pairs)
+    ece = found.get(f"calibration_ECE_bin{bins}")
+    return (
+        name,
+        run,
+        f"{100 * found['accuracy']:.1f}",
+        f"{100 * low:.1f} to {100 * high:.1f}",
+        str(num_pairs),
+        str(found["ties"]),
+        f"{found['margin']:.3f}",
+        "-" if ece is None else f"{ece:.3f}",
+    )
+
+
+def compare(results: dict[str, dict[str, Any]], bins: int) -> list[tuple[str, ...]]:
+    """Rows of the table, set by set in the order of their first appearance, the runs of a set below one another.
+
+    Args:
+        results: {run: {set: {metric: value}}}.
+        bins: number of bins of the calibration error to show.
+    """
+    names = dict.fromkeys(name for sets in results.values() for name in sets)
+    return [format_row(name, run, sets[name], bins) for name in names for run, sets in results.items() if name in sets]
+
+
+def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table, aligned; numbers (from the third column on) to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: tuple[str, ...]) -> str:
+        aligned = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return "| " + " | ".join(aligned) + " |"
+
+    rule = tuple("-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Prints the evaluation results of several runs side by side, with 95 % intervals.",
+        epilog="example:\n  python tools/compare_runs.py outputs/rm_base outputs/rm_apo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_dirs", nargs="+", help=f"output folders of runs, each with a {RESULTS_FILE}")
+    parser.add_argument("--bins", type=int, default=10, help="bins of the calibration error (default: 10)")
+    return parser.parse_args()
+
+
+@exit_on_input_error
+def main() -> None:
+    """Reads the results of each run and prints one table."""
+    args = parse_args()
+    results = {run: read_results(path) for run, path in name_datasets(args.run_dirs).items()}
+    print(format_table((*COLUMNS, f"ECE, {args.bins} bins"), compare(results, args.bins)))
+
+
+if __name__ == "__main__":
+    main()
