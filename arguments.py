@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import strtobool
 
-from reward_datasets import InputError
+from preference_records import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +140,8 @@ class RewardTrainingArguments(TrainingArguments):
                 "no accelerator was found; add --use_cpu true to train on the CPU"
             )
         self.eval_on_start = self.eval_on_start or self.eval_at_start
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every step uses every weight; looking for others costs time
 
     def _check_loss(self) -> None:
         for name in ("apo_loss_coeff", "rm_kl_coeff", "lm_loss_coeff"):

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaModel, Lla
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, cached_file
 
-from reward_datasets import InputError
+from preference_records import InputError
 
 logger = logging.getLogger(__name__)
 

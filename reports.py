@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from reward_datasets import sha256_of_file, write_json
+from preference_records import sha256_of_file, write_json
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
 

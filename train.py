@@ -11,17 +11,13 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
+import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from reward_datasets import (
-    InputError,
-    RewardDataCollator,
-    exit_on_input_error,
-    load_preference_dataset,
-    name_datasets,
-    write_json,
-)
+from preference_records import InputError, exit_on_input_error, write_json
+from reward_datasets import RewardDataCollator, load_preference_dataset, name_datasets
 
 if TYPE_CHECKING:
     import datasets
@@ -41,12 +37,15 @@ def setup_logging() -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "DeepSpeed", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    warnings.simplefilter("ignore", FutureWarning)  # torch.distributed, at every step under DeepSpeed
     logging.captureWarnings(True)
 
 
-def init_deepspeed_on_cpu(args: RewardTrainingArguments) -> None:
-    """Starts DeepSpeed's process group over gloo where there is no accelerator, which it does not do by itself."""
-    if args.deepspeed and args.device.type == "cpu":
+def prepare_deepspeed(args: RewardTrainingArguments) -> None:
+    """Makes DeepSpeed find its build tool, and start over gloo where there is no accelerator."""
+    # Another `ninja` further on the path would compile everything anew, and an environment need not be activated.
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    if args.device.type == "cpu":
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
@@ -77,17 +76,20 @@ def complete_best_metric(args: RewardTrainingArguments, eval_names: list[str]) -
     """
     if args.metric_for_best_model is None or not args.do_train:
         return
-    metric = args.metric_for_best_model.removeprefix("eval_")
-    if not any(metric.startswith(f"{name}_") for name in eval_names):
-        metric = f"{eval_names[0]}_{metric}" if eval_names else metric
-    known = [
-        f"{name}_{m}"
-        for name in eval_names
-        for m in ("loss", "accuracy", "margin", "mean_reward", "Preference Acc", "Avg Score")
-    ]
-    if metric not in known and "_calibration_" not in metric:
-        raise InputError(f"--metric_for_best_model {args.metric_for_best_model}: expected one of {', '.join(known)}")
-    args.metric_for_best_model = f"eval_{metric}"
+    metrics = ["loss", "accuracy", "margin", "mean_reward", "Preference Acc", "Avg Score"]
+    if args.rm_calibration:
+        errors = ("ECE", "ACE", "MCE")
+        metrics += [f"calibration_{error}_bin{bins}" for error in errors for bins in args.calibration_bins]
+    known = [f"{name}_{metric}" for name in eval_names for metric in metrics]
+    given = args.metric_for_best_model
+    short = given.removeprefix("eval_")  # a file may be called eval_*, so the prefix may belong to its name
+    for metric in (given, short, *(f"{name}_{short}" for name in eval_names[:1])):
+        if metric in known:
+            args.metric_for_best_model = f"eval_{metric}"
+            if "_calibration_" in metric:
+                args.greater_is_better = False  # errors; transformers knows it of a loss only
+            return
+    raise InputError(f"--metric_for_best_model {given}: expected one of {', '.join(known)}")
 
 
 def log_example(dataset: datasets.Dataset, tokenizer: RewardTokenizer) -> None:
@@ -186,7 +188,8 @@ def main() -> None:
     complete_best_metric(args, list(eval_sets))
 
     # ---- model
-    init_deepspeed_on_cpu(args)
+    if args.deepspeed:
+        prepare_deepspeed(args)
     set_seed(args.seed)
     model, head_loaded = load_reward_model(
         model_args.model_name_or_path,

@@ -27,8 +27,6 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
 }
-# DeepSpeed compiles with the first `ninja` on the path; two versions of it in turn would compile everything anew.
-os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU"):
     os.environ.pop(name, None)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from reward_datasets import InputError
+from preference_records import InputError
 from tools.compare_runs import COLUMNS, compare, format_row, format_table, read_results, wilson_interval
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "compare_runs.py"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from reward_datasets import load_preference_data, write_json
+from preference_records import load_preference_data, write_json
 from tools.make_sample_data import (
     EMPTY_TALK,
     LABEL_NOISE,

@@ -9,7 +9,7 @@ import sentencepiece
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from reward_datasets import InputError
+from preference_records import InputError
 from tools.make_tiny_llama import make_tiny_llama, read_corpus
 
 SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 320, "max_position_embeddings": 64}

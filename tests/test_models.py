@@ -20,7 +20,7 @@ from models import (
     pool_rewards,
     resolve_settings,
 )
-from reward_datasets import InputError
+from preference_records import InputError
 
 SEQUENCES = st.lists(st.lists(st.integers(5, 1023), min_size=2, max_size=20), min_size=1, max_size=5)
 

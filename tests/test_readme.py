@@ -12,7 +12,7 @@ from arguments import parse_args
 
 README = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([REPO_ROOT / "README.md", REPO_ROOT / "data" / "README.md", REPO_ROOT / "configs" / "README.md"])
-MODULES = ("arguments", "models", "reports", "reward_datasets", "trainer")
+MODULES = ("arguments", "models", "preference_records", "reports", "reward_datasets", "trainer")
 
 
 def commands(script: str) -> list[list[str]]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from reward_datasets import (
+from preference_records import (
     SEPARATOR,
     BadField,
     InputError,

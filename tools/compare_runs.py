@@ -16,7 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reward_datasets import InputError, exit_on_input_error, name_datasets
+from preference_records import InputError, exit_on_input_error
+from reward_datasets import name_datasets
 
 RESULTS_FILE = "final_eval_results.json"
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reward_datasets import InputError, exit_on_input_error
+from preference_records import InputError, exit_on_input_error
 
 
 def convert_gguf(gguf_path: str, output_dir: str) -> int:

@@ -25,7 +25,7 @@ from pathlib import Path
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO_ROOT))
-from reward_datasets import SEPARATOR, exit_on_input_error, write_json
+from preference_records import SEPARATOR, exit_on_input_error, write_json
 
 NUM_SAMPLES = 4
 LABEL_NOISE = 0.1  # share of human pairs with the labels the wrong way round

@@ -16,7 +16,7 @@ from pathlib import Path
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO_ROOT))
-from reward_datasets import SEPARATOR, InputError, exit_on_input_error, read_records, write_json
+from preference_records import SEPARATOR, InputError, exit_on_input_error, read_records, write_json
 
 # Training files only: no text of a validation or test prompt shapes the vocabulary.
 DEFAULT_CORPUS = tuple(

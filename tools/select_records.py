@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from reward_datasets import InputError, exit_on_input_error, read_records, write_json
+from preference_records import InputError, exit_on_input_error, read_records, write_json
 
 
 def query_ids(path: str) -> set[str]:

@@ -1,0 +1,330 @@
+"""Preference records: the file formats, their readers and their checks. The only module that knows them.
+
+A *text-scores* record (the reference's format) holds R >= 2 responses to one prompt, the higher score preferred:
+
+    {"text": ["<prompt><sep><response>", ...], "scores": [1.0, 0.0, ...], "query_id": "...", "type": "apo"}
+
+`query_id` and `type` are optional; `"type": "apo"` marks golden-over-sampled items. `prompt` / `chosen` / `rejected`
+records, plain or conversational, are read too. For scoring (`--data_type reject_sample`) a record is
+`{"query_id": ..., "query": "<prompt>", "sample_0": "<response>", ...}`.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import os
+import sys
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SEPARATOR = "<sep>"
+DATA_TYPES = ("comparison_pair", "reject_sample")
+NUM_SHOWN = 5  # problems that one error message shows
+
+
+class InputError(ValueError):
+    """Wrong input from outside. Its text is the one line that the user reads: what came, what was expected."""
+
+
+def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Makes a script's `main` end with one line on stderr and exit status 2 on an `InputError`.
+
+    Under torchrun every process finds the same error; only the first of each machine prints it.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            main(*args, **kwargs)
+        except InputError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+
+    return wrapped
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Writes `obj` as JSON to a temporary name beside `path`, then renames: a killed run leaves no half file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(obj, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Returns the sha256 of a file's bytes in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """Reads a JSON list, JSON lines (either of them also as `.gz`) or a `.parquet` file.
+
+    Returns:
+        One (place, record) per record, in file order; the place is "record 3" (from 1), or "line 3" for JSON lines.
+
+    Raises:
+        InputError: no such file, empty, broken (with the position), or a record that is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; give the path of an existing .json, .jsonl, .gz or .parquet file")
+    if path.stat().st_size == 0:
+        raise InputError(f"{path}: the file is empty; expected preference records")
+    placed = _read_parquet(path) if path.suffix == ".parquet" else _parse_json(path, _read_text(path))
+    if not placed:
+        raise InputError(f"{path}: the file holds no records; expected at least one")
+    problems = [f"{place}: found {describe(r)}, expected an object" for place, r in placed if not isinstance(r, dict)]
+    raise_bad_records(path, problems)
+    return placed
+
+
+def _read_text(path: Path) -> str:
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as file:
+            return file.read()
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise InputError(f"{path}: cannot be read as {'gzipped ' * (path.suffix == '.gz')}UTF-8 ({error})") from error
+
+
+def _read_parquet(path: Path) -> list[tuple[str, Any]]:
+    import datasets
+
+    try:
+        rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+    except Exception as error:  # pyarrow and datasets raise many kinds for a broken file
+        raise InputError(f"{path}: cannot be read as parquet ({error.__cause__ or error})") from error
+    rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
+    return [(f"record {i}", row) for i, row in enumerate(rows, start=1)]
+
+
+def _parse_json(path: Path, text: str) -> list[tuple[str, Any]]:
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty; expected preference records")
+    if text.lstrip().startswith("["):
+        return [(f"record {i}", r) for i, r in enumerate(_loads(path, text), start=1)]
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    return [(f"line {n}", _loads(path, line, first_line=n)) for n, line in lines]
+
+
+def _loads(path: Path, text: str, first_line: int = 1) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"line {first_line + error.lineno - 1} column {error.colno}"
+        raise InputError(
+            f"{path}: broken JSON at {place}: {error.msg}; expected a JSON list of records, or one record per line"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------ validating
+
+
+class BadField(Exception):
+    """A field of one record is wrong: what was found and expected. Becomes one part of the file's `InputError`."""
+
+    def __init__(self, field: str, found: str, expected: str) -> None:
+        super().__init__(f'field "{field}": found {found}, expected {expected}')
+
+
+@dataclass(slots=True)
+class PreferenceRecord:
+    """R responses, each with its prompt (the same one, as a rule) and its preference score (higher is better)."""
+
+    prompts: list[str]
+    responses: list[str]
+    scores: list[float]
+    query_id: str
+    answer_keys: list[str]
+    is_apo: bool = False
+
+
+def load_preference_data(path: str | Path, data_type: str, add_sep_token: bool = False) -> list[PreferenceRecord]:
+    """Reads and validates a whole file.
+
+    Args:
+        path: `.json`, `.jsonl`, `.gz` of these, or `.parquet`.
+        data_type: `comparison_pair` (text-scores or prompt / chosen / rejected records) or `reject_sample`.
+        add_sep_token: whether every text must hold one `<sep>`; without it a text that has none is one whole sequence.
+
+    Raises:
+        InputError: one line that counts all bad records and shows the first five with place, field, found, expected.
+    """
+    assert data_type in DATA_TYPES, data_type
+    records, problems = [], []
+    for index, (place, raw) in enumerate(read_records(path)):
+        try:
+            if data_type == "reject_sample":
+                records.append(_parse_answers(raw))
+            else:
+                records.append(_parse_preference(raw, str(index), add_sep_token))
+        except BadField as error:
+            problems.append(f"{place}: {error}")
+    raise_bad_records(path, problems)
+    return records
+
+
+def first_few(parts: list[str]) -> str:
+    """Joins the first five parts of a message and counts the rest."""
+    more = f"; and {len(parts) - NUM_SHOWN} more" if len(parts) > NUM_SHOWN else ""
+    return "; ".join(parts[:NUM_SHOWN]) + more
+
+
+def raise_bad_records(path: str | Path, problems: list[str]) -> None:
+    """Raises one `InputError` for all bad records of a file, if there are any."""
+    if problems:
+        count = f"{len(problems)} bad records: " if len(problems) > 1 else ""
+        raise InputError(f"{path}: {count}{first_few(problems)}")
+
+
+def describe(value: Any) -> str:
+    """Puts a value of a record into the words of an error message."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return f"the string {json.dumps(value[:40], ensure_ascii=False)}{'...' * (len(value) > 40)}" if value else '""'
+    if isinstance(value, (int, float)):
+        return f"the number {value}"
+    return (
+        f"a list of {len(value)}" if isinstance(value, list) else f"an object with {', '.join(value) or 'no fields'}"
+    )
+
+
+def require(raw: dict[str, Any], field: str, expected: str) -> Any:
+    """Returns a field of a record; raises `BadField` if it is not there."""
+    if field not in raw:
+        raise BadField(field, f"no such field (the record has {', '.join(raw) or 'none'})", expected)
+    return raw[field]
+
+
+def _check_text(field: str, value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise BadField(field, describe(value), "a non-empty string")
+    return value
+
+
+def require_text(raw: dict[str, Any], field: str) -> str:
+    """Returns a field that must hold a non-empty string; raises `BadField` otherwise."""
+    return _check_text(field, require(raw, field, "a non-empty string"))
+
+
+def _require_list(raw: dict[str, Any], field: str, expected: str) -> list[Any]:
+    value = require(raw, field, expected)
+    if not isinstance(value, list):
+        raise BadField(field, describe(value), expected)
+    return value
+
+
+def require_query_id(raw: dict[str, Any], default: str | None = None) -> str:
+    """Returns the query id as a string; raises `BadField` if it is none, or absent without a default."""
+    query_id = (
+        require(raw, "query_id", "a non-empty string or an integer")
+        if default is None
+        else raw.get("query_id", default)
+    )
+    if isinstance(query_id, bool) or not isinstance(query_id, (str, int)) or query_id == "":
+        raise BadField("query_id", describe(query_id), "a non-empty string or an integer")
+    return str(query_id)
+
+
+def _split_text(field: str, text: str, add_sep_token: bool) -> tuple[str, str]:
+    """Splits "<prompt><sep><response>"; a text without `<sep>` is a response to no prompt."""
+    parts = text.split(SEPARATOR)
+    if len(parts) == 2:
+        return parts[0], parts[1]
+    if len(parts) > 2:
+        raise BadField(field, f"{len(parts) - 1} {SEPARATOR}", f"one {SEPARATOR} between prompt and response")
+    if add_sep_token:
+        raise BadField(field, f"no {SEPARATOR}", f"one {SEPARATOR}, or a run without --add_sep_token")
+    return "", text
+
+
+def _parse_preference(raw: dict[str, Any], default_id: str, add_sep_token: bool) -> PreferenceRecord:
+    if "text" not in raw and ("chosen" in raw or "rejected" in raw):
+        texts, scores = _pair_texts(raw), [1.0, 0.0]
+    else:
+        texts = _require_list(raw, "text", "a list of at least two texts")
+        scores = _require_list(raw, "scores", "a list of numbers, one for each text")
+    if len(texts) < 2:
+        raise BadField("text", f"{len(texts)} response(s)", "at least two")
+    if len(scores) != len(texts):
+        raise BadField("scores", f"{len(scores)} scores", f"{len(texts)}, one for each text")
+    for i, score in enumerate(scores):
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= sys.float_info.max:
+            raise BadField(f"scores[{i}]", describe(score), "a finite number")
+    splits = [
+        _split_text(f"text[{i}]", _check_text(f"text[{i}]", text), add_sep_token) for i, text in enumerate(texts)
+    ]
+    return PreferenceRecord(
+        prompts=[prompt for prompt, _ in splits],
+        responses=[response for _, response in splits],
+        scores=[float(score) for score in scores],
+        query_id=require_query_id(raw, default_id),
+        answer_keys=[str(i) for i in range(len(texts))],
+        is_apo=raw.get("type") == "apo",
+    )
+
+
+def _pair_texts(raw: dict[str, Any]) -> list[str]:
+    """The two texts of a prompt / chosen / rejected record, chosen first."""
+    if isinstance(raw.get("chosen"), list):
+        dialogues = [_require_list(raw, field, "a list of messages") for field in ("chosen", "rejected")]
+        prompt = raw.get("prompt", [])
+        return [_render_dialogue(prompt, dialogue) for dialogue in dialogues]
+    chosen, rejected = require_text(raw, "chosen"), require_text(raw, "rejected")
+    if "prompt" not in raw:
+        return [chosen, rejected]
+    prompt = require_text(raw, "prompt")
+    return [prompt + SEPARATOR + chosen, prompt + SEPARATOR + rejected]
+
+
+def _render_dialogue(prompt: Any, dialogue: list[Any]) -> str:
+    """Messages in the Helpful&Harmless form: "\\n\\nHuman: ...\\n\\nAssistant:<sep> <last answer>"."""
+    if not isinstance(prompt, list):
+        raise BadField("prompt", describe(prompt), "a list of messages, as in chosen and rejected")
+    roles = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: "}
+    messages = prompt + dialogue
+    for message in messages:
+        if not (
+            isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)
+        ):
+            expected = "a message with a role (user, assistant, system) and a content string"
+            raise BadField("chosen/rejected", describe(message), expected)
+    if not messages or messages[-1]["role"] != "assistant":
+        raise BadField("chosen/rejected", "no assistant message at the end", "one")
+    context = "".join(roles[m["role"]] + m["content"] for m in messages[:-1])
+    return f"{context}\n\nAssistant:{SEPARATOR} {messages[-1]['content']}"
+
+
+def is_answer_key(key: str) -> bool:
+    """Whether a field of a `reject_sample` record holds an answer to score."""
+    return key.startswith(("sample_", "ans_")) or "gpt4" in key
+
+
+def _parse_answers(raw: dict[str, Any]) -> PreferenceRecord:
+    query_id, query = require_query_id(raw), require_text(raw, "query")
+    keys = [key for key in raw if is_answer_key(key)]
+    if not keys:
+        raise BadField("sample_0", f"no answer (the record has {', '.join(raw)})", "fields sample_0, sample_1, ...")
+    for key in keys:
+        if not isinstance(raw[key], str):
+            raise BadField(key, describe(raw[key]), "a string")
+    return PreferenceRecord(
+        prompts=[query] * len(keys),
+        responses=[raw[key] for key in keys],
+        scores=[0.0] * len(keys),
+        query_id=query_id,
+        answer_keys=keys,
+    )
