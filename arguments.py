@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NoReturn
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import strtobool
@@ -161,17 +162,10 @@ class RewardTrainingArguments(TrainingArguments):
 
     def _check_deepspeed(self) -> None:
         """Refuses a config that cannot be read, or that accelerate would drop without a word."""
-        if isinstance(self.deepspeed, str) and not self.deepspeed.lstrip().startswith("{"):
-            try:
-                json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
-            except OSError as error:
-                raise InputError(
-                    f"--deepspeed {self.deepspeed}: {error.strerror}; give a DeepSpeed JSON file"
-                ) from error
-            except ValueError as error:
-                raise InputError(
-                    f"--deepspeed {self.deepspeed}: broken JSON ({error}); give a DeepSpeed JSON file"
-                ) from error
+        if not self.use_cpu and not torch.accelerator.is_available():
+            raise InputError("--deepspeed, but no accelerator was found; add --use_cpu true to train on the CPU")
+        if isinstance(self.deepspeed, str):
+            check_deepspeed_config(self.deepspeed)
         if strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")):
             raise InputError(
                 "ACCELERATE_USE_CPU is set and would drop the DeepSpeed config silently; unset it, add --use_cpu true"
@@ -189,6 +183,26 @@ class RewardTrainingArguments(TrainingArguments):
         }
         for name, value in single.items():
             os.environ.setdefault(name, value)
+
+
+def check_deepspeed_config(path: str) -> None:
+    """Reads a DeepSpeed config and checks its outline; its values are DeepSpeed's to check.
+
+    Raises:
+        InputError: no such file, broken JSON, or no object where one belongs.
+    """
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--deepspeed {path}: {error.strerror}; give a DeepSpeed JSON file") from error
+    except ValueError as error:
+        raise InputError(f"--deepspeed {path}: broken JSON ({error}); give a DeepSpeed JSON file") from error
+    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in range(4):
+        raise InputError(
+            f"--deepspeed {path}: found {json.dumps(config)[:60]}, expected an object, and in it "
+            '"zero_optimization", an object with a "stage" from 0 to 3'
+        )
 
 
 class _OneLineParser(HfArgumentParser):
@@ -249,6 +263,8 @@ def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None
         raise InputError("nothing to do: give --do_train True with --train_data_path, or --eval_data_path")
     if args.eval_strategy != "no" and not data_args.eval_data_path:
         raise InputError(f"--eval_strategy {args.eval_strategy.value} without --eval_data_path")
+    if args.eval_on_start and not data_args.eval_data_path:
+        raise InputError("--eval_at_start True without --eval_data_path")
     if args.do_train:
         check_output_dir(args)
 

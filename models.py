@@ -13,7 +13,7 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +55,27 @@ def resolve_settings(config: LlamaConfig, **flags: Any) -> RewardSettings:
     """Settles each setting: the flag if it was given, else what the checkpoint records, else the reference's default.
 
     A flag that contradicts the checkpoint wins, with a warning.
+
+    Raises:
+        InputError: the checkpoint records settings that this version does not know.
     """
     recorded = getattr(config, "reward_settings", {})
+    known = [field.name for field in fields(RewardSettings)]
+    if not isinstance(recorded, dict) or not set(recorded) <= set(known):
+        raise InputError(f"config.json: found reward_settings {recorded}, known: {', '.join(known)}")
     given = {name: value for name, value in flags.items() if value is not None}
     for name, value in given.items():
         if name in recorded and recorded[name] != value:
             logger.warning(
                 "--%s %s contradicts the checkpoint, which was trained with %s", name, value, recorded[name]
             )
-    return RewardSettings(**{**recorded, **given})
+    settings = RewardSettings(**{**recorded, **given})
+    if settings.pooling_type not in POOLING_TYPES or settings.truncation_side not in SIDES:
+        raise InputError(
+            f"config.json: found reward_settings {recorded}, expected pooling_type {', '.join(POOLING_TYPES)} and "
+            f"truncation_side {', '.join(SIDES)}"
+        )
+    return settings
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer
@@ -296,8 +308,8 @@ def load_config(path: str) -> LlamaConfig:
         raise InputError(f"{path}: the model folder has no config.json; expected a folder that save_pretrained wrote")
     try:
         config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # transformers and huggingface_hub have many kinds for a model or a config they refuse
+        reason = " ".join(str(error).split())
         raise InputError(
             f"{path}: no model there ({reason}); expected a model folder or the name of a model on the Hub"
         ) from error

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ from typing import Any
 
 SEPARATOR = "<sep>"
 DATA_TYPES = ("comparison_pair", "reject_sample")
+MAX_SCORE = 1e38  # the range of float32
 NUM_SHOWN = 5  # problems that one error message shows
+SECONDS_FOR_FIRST_PROCESS = 20
 
 
 class InputError(ValueError):
@@ -35,7 +38,8 @@ class InputError(ValueError):
 def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
     """Makes a script's `main` end with one line on stderr and exit status 2 on an `InputError`.
 
-    Under torchrun every process finds the same error; only the first of each machine prints it.
+    Under torchrun every process finds the same error. The first of each machine says it, and torchrun then ends the
+    others, which speak only if they are still there after a while.
     """
 
     @functools.wraps(main)
@@ -43,8 +47,9 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except InputError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                time.sleep(SECONDS_FOR_FIRST_PROCESS)
+            print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 
     return wrapped
@@ -95,7 +100,7 @@ def _read_text(path: Path) -> str:
     try:
         with opener(path, "rt", encoding="utf-8-sig") as file:
             return file.read()
-    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+    except (OSError, UnicodeDecodeError, zlib.error, EOFError) as error:
         raise InputError(f"{path}: cannot be read as {'gzipped ' * (path.suffix == '.gz')}UTF-8 ({error})") from error
 
 
@@ -120,13 +125,14 @@ def _parse_json(path: Path, text: str) -> list[tuple[str, Any]]:
 
 
 def _loads(path: Path, text: str, first_line: int = 1) -> Any:
+    expected = "expected a JSON list of records, or one record per line"
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         place = f"line {first_line + error.lineno - 1} column {error.colno}"
-        raise InputError(
-            f"{path}: broken JSON at {place}: {error.msg}; expected a JSON list of records, or one record per line"
-        ) from error
+        raise InputError(f"{path}: broken JSON at {place}: {error.msg}; {expected}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
+        raise InputError(f"{path}: unreadable JSON ({error}); {expected}") from error
 
 
 # ------------------------------------------------------------------------------------------------ validating
@@ -212,6 +218,14 @@ def require(raw: dict[str, Any], field: str, expected: str) -> Any:
 def _check_text(field: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise BadField(field, describe(value), "a non-empty string")
+    return _check_unicode(field, value)
+
+
+def _check_unicode(field: str, value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadField(field, f"half a surrogate pair at character {error.start + 1}", "valid Unicode") from error
     return value
 
 
@@ -236,7 +250,7 @@ def require_query_id(raw: dict[str, Any], default: str | None = None) -> str:
     )
     if isinstance(query_id, bool) or not isinstance(query_id, (str, int)) or query_id == "":
         raise BadField("query_id", describe(query_id), "a non-empty string or an integer")
-    return str(query_id)
+    return _check_unicode("query_id", str(query_id))
 
 
 def _split_text(field: str, text: str, add_sep_token: bool) -> tuple[str, str]:
@@ -262,8 +276,8 @@ def _parse_preference(raw: dict[str, Any], default_id: str, add_sep_token: bool)
     if len(scores) != len(texts):
         raise BadField("scores", f"{len(scores)} scores", f"{len(texts)}, one for each text")
     for i, score in enumerate(scores):
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= sys.float_info.max:
-            raise BadField(f"scores[{i}]", describe(score), "a finite number")
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not abs(score) <= MAX_SCORE:
+            raise BadField(f"scores[{i}]", describe(score), f"a finite number, at most {MAX_SCORE:g} in size")
     splits = [
         _split_text(f"text[{i}]", _check_text(f"text[{i}]", text), add_sep_token) for i, text in enumerate(texts)
     ]
@@ -321,6 +335,7 @@ def _parse_answers(raw: dict[str, Any]) -> PreferenceRecord:
     for key in keys:
         if not isinstance(raw[key], str):
             raise BadField(key, describe(raw[key]), "a string")
+        _check_unicode(key, raw[key])
     return PreferenceRecord(
         prompts=[query] * len(keys),
         responses=[raw[key] for key in keys],

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from preference_records import InputError, PreferenceRecord, load_preference_data, read_records, sha256_of_file
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 ABSENT_SCORE = -1.0  # marks the empty places of a ragged (B, R) score matrix
 TOKENIZE_BATCH_SIZE = 512
-DATASET_VERSION = 1  # part of the cache key: raise it when the rows of `tokenize_records` change
+DATASET_VERSION = 2  # part of the cache key: raise it when the rows of `tokenize_records` change
 
 
 # ------------------------------------------------------------------------------------------------ tokenising
@@ -86,14 +88,15 @@ def tokenize_records(
                 for ids in pairs_ids
             ]
             num_special = 2 + add_sep_token
+            scores = np.float32(normalize_scores(record.scores)).tolist()
             yield {
                 "input_ids": sequences,
-                "scores": normalize_scores(record.scores),
+                "scores": scores,
                 "is_apo": record.is_apo,
                 "query_id": record.query_id,
                 "answer_keys": record.answer_keys,
                 "num_truncated": sum(len(p) + len(r) + num_special > max_length for p, r in pairs_ids),
-                **_count_pairs(record.scores, sequences),
+                **_count_pairs(scores, sequences),
             }
 
 
@@ -107,6 +110,22 @@ def _generate_rows(
 ) -> Iterator[dict[str, Any]]:
     records = load_preference_data(path, data_type, settings["add_sep_token"])
     yield from tokenize_records(records, tokenizer, **settings)
+
+
+def _row_features() -> datasets.Features:
+    import datasets
+
+    value = datasets.Value
+    return datasets.Features(
+        {
+            "input_ids": datasets.List(datasets.List(value("int32"))),
+            "scores": datasets.List(value("float32")),
+            "is_apo": value("bool"),
+            "query_id": value("string"),
+            "answer_keys": datasets.List(value("string")),
+            **dict.fromkeys(("num_truncated", "num_pairs", "num_identical"), value("int32")),
+        }
+    )
 
 
 def load_preference_dataset(
@@ -137,23 +156,11 @@ def load_preference_dataset(
         read_records(path)
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
     key = [DATASET_VERSION, sha256_of_file(path), tokenizer.fingerprint, data_type, settings]
-    features = datasets.Features(
-        {
-            "input_ids": datasets.List(datasets.List(datasets.Value("int32"))),
-            "scores": datasets.List(datasets.Value("float32")),
-            "is_apo": datasets.Value("bool"),
-            "query_id": datasets.Value("string"),
-            "answer_keys": datasets.List(datasets.Value("string")),
-            "num_truncated": datasets.Value("int32"),
-            "num_pairs": datasets.Value("int32"),
-            "num_identical": datasets.Value("int32"),
-        }
-    )
     datasets.disable_progress_bars()
     try:
         dataset = datasets.Dataset.from_generator(
             _generate_rows,
-            features=features,
+            features=_row_features(),
             cache_dir=cache_dir,
             gen_kwargs={"path": str(path), "tokenizer": tokenizer, "data_type": data_type, "settings": settings},
             fingerprint=hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],

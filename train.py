@@ -120,8 +120,26 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
     return results
 
 
-def score_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset], suffix: str) -> None:
-    """Writes `<data>_pred_<suffix>_results.json`, one {"<query_id>:<answer key>": reward} per answer in file order."""
+def name_score_files(output_dir: str, eval_names: list[str], suffix: str) -> dict[str, str]:
+    """Returns the path of `<data>_pred_<suffix>_results.json` for each file to score.
+
+    Raises:
+        InputError: two files would write the same scores file.
+    """
+    paths: dict[str, str] = {}
+    for name in eval_names:
+        stem = name.replace("/", "_").split(".json")[0]
+        path = os.path.join(output_dir, f"{stem}_pred_{suffix}_results.json")
+        if path in paths.values():
+            raise InputError(f"--eval_data_path: found two files whose scores would go to {path}; score them apart")
+        paths[name] = path
+    return paths
+
+
+def score_all(
+    trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset], score_paths: dict[str, str]
+) -> None:
+    """Writes one {"<query_id>:<answer key>": reward} per answer, in file order, to the path of each data set."""
     for name, eval_set in eval_sets.items():
         rewards = trainer.predict(eval_set).predictions[0]
         results = [
@@ -130,10 +148,8 @@ def score_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset
             for key, reward in zip(keys, row, strict=False)
         ]
         if trainer.is_world_process_zero():
-            stem = name.replace("/", "_").split(".json")[0]
-            path = os.path.join(trainer.args.output_dir, f"{stem}_pred_{suffix}_results.json")
-            write_json(path, results)
-            logger.info("%d rewards written to %s", len(results), path)
+            write_json(score_paths[name], results)
+            logger.info("%d rewards written to %s", len(results), score_paths[name])
 
 
 @exit_on_input_error
@@ -186,6 +202,8 @@ def main() -> None:
         log_example(train_set, tokenizer)
     eval_sets = {name: load(path) for name, path in name_datasets(data_args.eval_data_path).items()}
     complete_best_metric(args, list(eval_sets))
+    if args.task_type == "inference":
+        score_paths = name_score_files(args.output_dir, list(eval_sets), data_args.data_suffix)
 
     # ---- model
     if args.deepspeed:
@@ -230,7 +248,7 @@ def main() -> None:
 
     # ---- score, or evaluate
     if args.task_type == "inference":
-        score_all(trainer, eval_sets, data_args.data_suffix)
+        score_all(trainer, eval_sets, score_paths)
         return
     results = evaluate_all(trainer, eval_sets) if eval_sets else {}
     if args.do_train and trainer.is_world_process_zero():

@@ -4,6 +4,7 @@ import logging
 import os
 
 import pytest
+import torch
 from conftest import CHECKPOINT, E2E, command_line
 
 from arguments import RENAMED_FLAGS, UNUSED_FLAGS, parse_args
@@ -200,3 +201,26 @@ def test_folder_that_is_no_checkpoint_is_not_taken_for_one(tmp_path):
 def test_resume_without_a_checkpoint_is_refused(resume, message):
     with pytest.raises(InputError, match=message):
         parse(**TRAINING, resume_from_checkpoint=resume)
+
+
+@pytest.mark.parametrize(
+    "config", ["[]", '"x"', "3", '{"zero_optimization": []}', '{"zero_optimization": {"stage": 7}}']
+)
+def test_deepspeed_config_of_another_shape_is_refused(tmp_path, config):
+    (tmp_path / "ds.json").write_text(config)
+    with pytest.raises(InputError, match=r"ds.json: found .*, expected an object"):
+        parse(**NEEDED, deepspeed=tmp_path / "ds.json")
+
+
+def test_deepspeed_without_an_accelerator_needs_use_cpu():
+    """Otherwise DeepSpeed compiles for minutes before anything is said."""
+    if torch.accelerator.is_available():
+        pytest.skip("there is an accelerator")
+    with pytest.raises(InputError, match="no accelerator was found; add --use_cpu true"):
+        parse(**NEEDED | {"use_cpu": None}, deepspeed="configs/zero2.json")
+
+
+def test_evaluating_at_the_start_needs_evaluation_data():
+    run = {"model_name_or_path": "m", "do_train": True, "train_data_path": "A", "use_cpu": True}
+    with pytest.raises(InputError, match="--eval_at_start True without --eval_data_path"):
+        parse(**run, eval_at_start=True)

@@ -16,6 +16,7 @@ from models import (
     POOLING_TYPES,
     LlamaRewardModel,
     load_config,
+    load_reward_model,
     load_reward_tokenizer,
     pool_rewards,
     resolve_settings,
@@ -378,3 +379,26 @@ def test_tokenizer_saves_into_the_folder_it_came_from(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     load_reward_tokenizer("model").save_pretrained(folder)
     assert (folder / "tokenizer.model").read_bytes() == (CHECKPOINT / "tokenizer.model").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "recorded", [{"pooling": "last"}, "last", {"pooling_type": "first"}, {"truncation_side": "up"}]
+)
+def test_checkpoint_with_settings_from_elsewhere_is_refused(recorded):
+    config = load_config(str(CHECKPOINT))
+    config.reward_settings = recorded
+    with pytest.raises(InputError, match=r"config.json: found reward_settings"):
+        resolve_settings(config)
+
+
+def test_weights_may_be_loaded_in_bfloat16():
+    """Half the memory for scoring; the rewards still come in float32, near those of float32 weights."""
+    full, tokenizer = load_model(pooling_type="last")
+    config = load_config(str(CHECKPOINT))
+    half, _ = load_reward_model(
+        str(CHECKPOINT), config, tokenizer, resolve_settings(config, pooling_type="last"), seed=1, dtype=torch.bfloat16
+    )
+    assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}
+    rewards = [rewards_of(model, [[1, 300, 400, 2]], tokenizer.pad_token_id) for model in (full, half.eval())]
+    assert rewards[1].dtype == torch.float32
+    torch.testing.assert_close(rewards[0], rewards[1], atol=0.1, rtol=0.05)

@@ -10,7 +10,7 @@ from conftest import REPO_ROOT, pair, read_json, write_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preference_records import InputError, load_preference_data, read_records, write_json
+from preference_records import InputError, exit_on_input_error, load_preference_data, read_records, write_json
 
 PAIRS = [pair(f"Question {i}?", f" answer {i}", " none", query_id=f"q{i}") for i in range(3)]
 
@@ -139,6 +139,10 @@ BAD_RECORDS = {
         GOOD | {"scores": [1, "0"]},
         r'field "scores\[1\]": found the string "0", expected a finite number',
     ),
+    "score out of range": (
+        GOOD | {"scores": [1e308, -1e308]},
+        r'field "scores\[0\]": found the number 1e.308, expected a finite number, at most 1e.38 in size',
+    ),
     "score null": (GOOD | {"scores": [None, 0]}, r'field "scores\[0\]": found null, expected a finite number'),
     "score true": (GOOD | {"scores": [True, 0]}, r'field "scores\[0\]": found true, expected a finite number'),
     "score NaN": (
@@ -226,6 +230,7 @@ def test_all_bad_records_are_counted_and_the_first_five_shown(tmp_path):
         (b'{"a": 1}\n\n{"b": 2', "broken JSON at line 3 column 8"),
         (b'{"a": 1}\n7', "line 2: found the number 7, expected an object"),
         (b'["\xff"]', "cannot be read as UTF-8"),
+        (b"[" + b"1" * 5000 + b"]", "unreadable JSON .Exceeds the limit"),
     ],
 )
 def test_unreadable_file_is_named(tmp_path, content, message):
@@ -290,3 +295,27 @@ def test_readers_need_no_heavy_package():
     code = "import sys, reward_datasets; print(sorted({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO_ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_first_process_of_a_machine_speaks_for_all(monkeypatch, capsys):
+    """The others wait, so that torchrun ends them; left alone they speak too."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+
+    @exit_on_input_error
+    def main() -> None:
+        raise InputError("no")
+
+    for rank, times in (("0", 0), ("1", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert len(waited) == times
+        assert capsys.readouterr().err == "error: no\n"
+
+
+def test_text_that_is_no_valid_unicode_is_named(tmp_path):
+    r"""JSON can write \ud800, half of a surrogate pair, which no file and no tokenizer can hold."""
+    (tmp_path / "a.json").write_text(r'[{"text": ["a<sep>b", "a<sep>\ud800"], "scores": [1, 0]}]')
+    with pytest.raises(InputError, match=r'record 1: field "text.1.": found half a surrogate pair at character 7'):
+        load_preference_data(tmp_path / "a.json", "comparison_pair")

@@ -189,3 +189,11 @@ def test_collating_loses_and_adds_no_token(items):
     assert batch["input_ids"].shape[1] == max(len(response) for item in items for response in item)
     assert (batch["scores"] >= 0).sum(1).tolist() == [len(item) for item in items]
     assert len(batch["input_ids"]) == (batch["scores"] >= 0).sum()
+
+
+def test_scores_that_float32_cannot_tell_apart_form_no_counted_pair(tokenizer, tmp_path):
+    """[1, 1 - 1e-9, 0]: of the three pairs the loss sees the two with 0."""
+    record = {"text": ["a<sep>b", "a<sep>c", "a<sep>d"], "scores": [1.0, 1 - 1e-9, 0.0]}
+    path = write_records(tmp_path / "a.json", [record])
+    rows = list(tokenize_records(load_preference_data(path, "comparison_pair"), tokenizer, **SETTINGS))
+    assert [row["num_pairs"] for row in rows] == [2]

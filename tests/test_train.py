@@ -427,3 +427,15 @@ def test_help_shows_every_flag(capsys):
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
     assert all(flag in shown for flag in ("--apo_loss_coeff", "--evaluation_strategy", "--add_sep_token"))
+
+
+def test_files_whose_scores_would_go_to_one_file_are_refused(refused, tmp_path):
+    files = [write_records(tmp_path / name, read_json(E2E / "samples.json")[:1]) for name in ("v.json", "v.jsonl")]
+    error = refused(
+        model_name_or_path=CHECKPOINT,
+        task_type="inference",
+        data_type="reject_sample",
+        eval_data_path=files,
+        output_dir=tmp_path / "out",
+    )
+    assert "v_pred_reward_model_results.json; score them apart" in error
