@@ -9,7 +9,7 @@ writes `<output_dir>/<apo_data_name>_text_scores.json`, one pair per sample, in 
     {"text": ["<query><sep><golden>", "<query><sep><sample>"], "scores": [1.0, 0.0], "type": "apo"}
 
 With `--group` a prompt becomes one item of all its answers, golden first, with scores [1.0, 0.0, 0.0, ...]: the same
-pairs, but training computes the golden answer once. Train on it with `--apo_sample_num 1` and one item per micro-batch,
+pairs, but training computes the golden answer once. Train on it with `--apo_sample_num 1` and one item a micro-batch,
 or the pairs of a group weigh more than those of the paper.
 """
 
