@@ -286,13 +286,22 @@ def check_output_dir(args: RewardTrainingArguments) -> None:
                 "--output_dir, or go on with --resume_from_checkpoint true"
             )
         return
-    while resume.lower() == "true" and checkpoints and not (checkpoints[-1] / "trainer_state.json").is_file():
+    while resume.lower() == "true" and checkpoints and not _is_complete(checkpoints[-1]):
         logger.warning("%s is passed over: its saving was cut short", checkpoints.pop())  # the state is saved last
     if resume.lower() == "true" and not checkpoints:
         raise InputError(f"--resume_from_checkpoint true, but {args.output_dir} holds no complete checkpoint-*")
     checkpoint = checkpoints[-1] if resume.lower() == "true" else Path(resume)
-    if not (checkpoint / "trainer_state.json").is_file():
+    if not _is_complete(checkpoint):
         raise InputError(
-            f"--resume_from_checkpoint {checkpoint}: no trainer_state.json there; expected a checkpoint-N"
+            f"--resume_from_checkpoint {checkpoint}: no whole trainer_state.json there; expected a checkpoint-N"
         )
     args.resume_from_checkpoint = str(checkpoint)
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the file that is written last is there and whole."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True

@@ -181,10 +181,13 @@ def test_resume_takes_the_given_checkpoint(tmp_path):
     assert parse(**TRAINING, resume_from_checkpoint="O/checkpoint-9")[2].resume_from_checkpoint == "O/checkpoint-9"
 
 
-def test_resume_passes_over_a_checkpoint_whose_saving_was_cut_short(tmp_path, caplog):
-    """trainer_state.json is written last, so a folder without it is half a checkpoint."""
+@pytest.mark.parametrize("state", [None, '{"epoch": 1.'])
+def test_resume_passes_over_a_checkpoint_whose_saving_was_cut_short(tmp_path, caplog, state):
+    """trainer_state.json is written last, so a folder without it, or with a part of it, is half a checkpoint."""
     make_checkpoints(tmp_path, "checkpoint-9")
     make_checkpoints(tmp_path, "checkpoint-10", complete=False)
+    if state:
+        (tmp_path / "O" / "checkpoint-10" / "trainer_state.json").write_text(state)
     assert parse(**TRAINING, resume_from_checkpoint=True)[2].resume_from_checkpoint == "O/checkpoint-9"
     assert "checkpoint-10" in caplog.text
 
@@ -196,7 +199,7 @@ def test_folder_that_is_no_checkpoint_is_not_taken_for_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "resume, message", [("true", "holds no complete checkpoint"), ("O/checkpoint-3", "no trainer_state")]
+    "resume, message", [("true", "holds no complete checkpoint"), ("O/checkpoint-3", "no whole trainer_state")]
 )
 def test_resume_without_a_checkpoint_is_refused(resume, message):
     with pytest.raises(InputError, match=message):
