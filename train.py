@@ -109,8 +109,9 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
     results = {}
     for name, eval_set in eval_sets.items():
         output = trainer.predict(eval_set, metric_key_prefix=f"eval_{name}")
-        results[name] = output.metrics
-        trainer.log(dict(output.metrics))
+        logs = dict(output.metrics)
+        trainer.log(logs)
+        results[name] = {metric: logs[metric] for metric in output.metrics if metric in logs}
         if args.save_calibration and trainer.is_world_process_zero():
             rewards, scores = output.predictions[0], output.label_ids[0]
             curves = {bins: calibration_curve(rewards, scores, bins) for bins in args.calibration_bins}

@@ -321,9 +321,14 @@ class RewardModelTrainer(Trainer):
         return {"loss": loss.item(), **preference_metrics(rewards, scores, bins)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds accuracy, margin and the terms of the loss since the last log to the training log."""
+        """Adds accuracy, margin and the terms of the loss since the last log to the training log.
+
+        Steps per second of an evaluation are left out: they would count batches of `--per_device_eval_batch_size`.
+        """
         if "loss" in logs:
             logs |= self._window.drain(self.accelerator)
+        for name in [name for name in logs if name.startswith("eval") and name.endswith("_steps_per_second")]:
+            del logs[name]
         super().log(logs, start_time)
 
 

@@ -169,8 +169,8 @@ def test_metrics_of_a_whole_run(runs, name):
 
 @pytest.mark.parametrize("name", EVAL_RUNS)
 def test_metrics_of_a_whole_run_with_a_tie(runs, name):
-    """One pair of eval_b.json has the same tokens on both sides. A tree gives both the same reward; padded, here and in
-    the recorded runs, they may come out some 1e-7 apart in either direction, which counts: accuracy by 1/27 and the
+    """One pair of eval_b.json has the same tokens on both sides. A tree gives both the same reward; padded, here and
+    in the recorded runs, they may come out some 1e-7 apart in either direction, which counts: accuracy by 1/27 and the
     two calibration bins around one half. So we score the pairs, put that one difference at 0 and 1e-7 to both sides,
     and the metrics of the run and the recorded ones must each be those of one of the three.
     """
