@@ -229,9 +229,9 @@ def batch_by_tokens(dataset: datasets.Dataset, token_budget: int, batching: str)
         Indices of the items of each batch; an item above the budget is a batch of its own.
     """
     if batching == "tree":
-        order, counts, widths = range(len(dataset)), list(dataset["length"]), [1] * len(dataset)
+        order, counts, widths = range(len(dataset)), dataset["length"][:], [1] * len(dataset)
     else:
-        counts, widths = [len(scores) for scores in dataset["scores"]], list(dataset["longest"])
+        counts, widths = [len(scores) for scores in dataset["scores"][:]], dataset["longest"][:]
         order = sorted(range(len(dataset)), key=lambda i: -widths[i])
     batches: list[list[int]] = []
     count = 0  # of tokens in a tree, of rows as wide as the first one where they are padded

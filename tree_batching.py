@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TREE_ATTENTIONS = ("tree_branches", "tree_flex", "tree_mask")
-MIN_SHARED_TOKENS = 8  # a shorter common beginning saves less than the branching costs
 
 
 # ------------------------------------------------------------------------------------------------ the tree
@@ -57,7 +56,7 @@ def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
 def build_token_tree(sequences: list[list[int]]) -> dict[str, Tensor]:
     """Writes N sequences as one prefix tree of S tokens.
 
-    The example above, without `MIN_SHARED_TOKENS`: `input_ids` [[p0 p1 p2 a0 a1 b0]], `position_ids` [[0 1 2 3 4 3]],
+    The example above: `input_ids` [[p0 p1 p2 a0 a1 b0]], `position_ids` [[0 1 2 3 4 3]],
     `subtree_ends` [6 6 6 5 5 6], `paths` [[0 1 2 3 4], [0 1 2 5 0]], `attention_mask` [[1 1 1 1 1], [1 1 1 1 0]],
     `branches` [[0 5], [1 1]].
 
@@ -75,8 +74,6 @@ def build_token_tree(sequences: list[list[int]]) -> dict[str, Tensor]:
     size, path, previous = 0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
     for i in sorted(range(len(sequences)), key=sequences.__getitem__):
         shared = common_prefix_length(previous, arrays[i])
-        if shared < MIN_SHARED_TOKENS:
-            shared = 0
         num_new = len(arrays[i]) - shared
         input_ids[size : size + num_new] = arrays[i][shared:]
         position_ids[size : size + num_new] = np.arange(shared, len(arrays[i]))

@@ -8,10 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-import tree_batching
 from models import POOLING_TYPES, LlamaRewardModel, RewardSettings
 from reward_datasets import RewardDataCollator
-from tree_batching import MIN_SHARED_TOKENS, TREE_ATTENTIONS, build_token_tree, choose_attention
+from tree_batching import TREE_ATTENTIONS, build_token_tree, choose_attention
 
 TOKENS = st.integers(5, 12)  # few, so that beginnings coincide
 VOCAB_SIZE = 64
@@ -32,8 +31,7 @@ def items(draw: st.DrawFn) -> list[list[int]]:
 BATCHES = st.lists(items(), min_size=1, max_size=4)
 
 
-def test_docstring_example_holds(monkeypatch):
-    monkeypatch.setattr(tree_batching, "MIN_SHARED_TOKENS", 1)
+def test_docstring_example_holds():
     p0, p1, p2, a0, a1, b0 = range(10, 16)
     tree = {
         name: tensor.tolist() for name, tensor in build_token_tree([[p0, p1, p2, a0, a1], [p0, p1, p2, b0]]).items()
@@ -74,12 +72,11 @@ def test_a_token_attends_to_itself_and_those_before_it_on_its_path(batch):
 
 @given(BATCHES)
 @settings(max_examples=100, deadline=None)
-def test_no_beginning_worth_sharing_stands_twice(batch):
-    """The size of the tree is the number of different beginnings, but for those that are too short to share."""
+def test_no_beginning_stands_twice(batch):
+    """The size of the tree is the number of different beginnings."""
     sequences = [sequence for item in batch for sequence in item]
     beginnings = {tuple(sequence[:n]) for sequence in sequences for n in range(1, len(sequence) + 1)}
-    size = build_token_tree(sequences)["input_ids"].shape[1]
-    assert len(beginnings) <= size <= len(beginnings) + (MIN_SHARED_TOKENS - 1) * len(sequences)
+    assert build_token_tree(sequences)["input_ids"].shape[1] == len(beginnings)
 
 
 def test_pairs_of_one_golden_response_share_it():
