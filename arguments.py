@@ -114,6 +114,14 @@ class RewardTrainingArguments(TrainingArguments):
         default_factory=lambda: [10], metadata={"help": "Numbers of bins of the calibration errors."}
     )
     save_calibration: bool = HfArg(default=False, help="Save the reliability diagram of each evaluation set.")
+    batching: Literal["tree", "padded"] = HfArg(
+        default="tree", help="tree: no shared token runs twice, none is padding; padded: one padded row a response."
+    )
+    eval_token_budget: int | None = HfArg(
+        default=None,
+        help="Tokens of a batch per device in evaluation and scoring, padding included; an item beyond it runs alone "
+        "(default: 2 x max_length x per_device_eval_batch_size).",
+    )
     debug_mode: bool = HfArg(default=False, help="Use the first 64 records of each file only.")
     eval_strategy: str = HfArg(
         default="no", aliases=["--evaluation_strategy"], help="When to evaluate: no, steps or epoch."
@@ -140,6 +148,11 @@ class RewardTrainingArguments(TrainingArguments):
                 f"{num_processes} processes were launched, but each would train alone on all the data: "
                 "no accelerator was found; add --use_cpu true to train on the CPU"
             )
+        if self.n_gpu > 1:
+            raise InputError(
+                f"one process was launched and sees {self.n_gpu} GPUs; launch one a GPU with torchrun "
+                f"--nproc_per_node={self.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0"
+            )
         self.eval_on_start = self.eval_on_start or self.eval_at_start
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every step uses every weight; looking for others costs time
@@ -150,6 +163,8 @@ class RewardTrainingArguments(TrainingArguments):
                 raise InputError(f"--{name} {getattr(self, name)}: expected 0 or more")
         if self.apo_sample_num < 1:
             raise InputError(f"--apo_sample_num {self.apo_sample_num}: expected 1 or more")
+        if self.eval_token_budget is not None and self.eval_token_budget < 1:
+            raise InputError(f"--eval_token_budget {self.eval_token_budget}: expected 1 or more")
         if min(self.calibration_bins) < 1:
             raise InputError(f"--calibration_bins {self.calibration_bins}: expected numbers of 1 or more")
         if self.task_type == "apo" and self.apo_loss_coeff == 0:

@@ -5,6 +5,7 @@ Dimension key, for every module of the project:
     B  prompts (items) of a batch        N  sequences, all present responses of a batch (B*R where none is absent)
     R  responses per prompt, at most     T  tokens of the longest sequence
     D  hidden size                       V  vocabulary size
+    S  tokens of a whole batch in one row (`tree_batching`)
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, cached_file
 
 from preference_records import InputError
+from tree_batching import prepare_attention
 
 logger = logging.getLogger(__name__)
 
@@ -258,26 +260,46 @@ class LlamaRewardModel(LlamaPreTrainedModel):
         """The recorded settings of this model."""
         return RewardSettings(**getattr(self.config, "reward_settings", {}))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, lm_mask: Tensor | None = None) -> RewardModelOutput:
-        """Scores sequences.
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        lm_mask: Tensor | None = None,
+        tree: dict[str, Tensor] | None = None,
+    ) -> RewardModelOutput:
+        """Scores sequences, padded or as a tree.
 
         Args:
-            input_ids: (N, T) token ids, padded on either side.
-            attention_mask: (N, T), 1 = token.
+            input_ids: (N, T) token ids, padded on either side; with a tree, (1, S).
+            attention_mask: (N, T), 1 = token of the sequence.
             lm_mask: (N,) bool, the sequences whose LM loss to compute; needs the LM head.
+            tree: the other tensors of `tree_batching.build_token_tree`; needs one of its attentions.
 
         Returns:
-            `RewardModelOutput`. Padding and its side change no reward: positions count from the first real token.
+            `RewardModelOutput`. Padding, its side and the tree change no reward: positions count from the first token
+            of each sequence.
         """
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-        hidden = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state  # (N, T, D)
-        token_rewards = self.reward_head(hidden).squeeze(-1).float()  # (N, T)
-        rewards = pool_rewards(token_rewards, attention_mask, self.settings.pooling_type)
+        if tree is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            hidden = self.model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state  # (N, T, D)
+        else:
+            attend = prepare_attention(tree, attention_mask, self.config._attn_implementation)
+            hidden = self.model(
+                input_ids=input_ids, position_ids=tree["position_ids"], use_cache=False, attend=attend
+            ).last_hidden_state  # (1, S, D)
+        token_rewards = self.reward_head(hidden).squeeze(-1).float()
+        if tree is not None:
+            token_rewards = token_rewards[0, tree["paths"]]
+        rewards = pool_rewards(token_rewards, attention_mask, self.settings.pooling_type)  # (N, T) -> (N,)
         if lm_mask is None:
             return RewardModelOutput(rewards=rewards)
-        lm_losses = self._lm_losses(hidden[lm_mask], input_ids[lm_mask], attention_mask[lm_mask])
+        if tree is not None:
+            hidden, input_ids = hidden[0, tree["paths"][lm_mask]], input_ids[0, tree["paths"][lm_mask]]
+        else:
+            hidden, input_ids = hidden[lm_mask], input_ids[lm_mask]
+        lm_losses = self._lm_losses(hidden, input_ids, attention_mask[lm_mask])
         return RewardModelOutput(
             rewards=rewards, lm_losses=torch.zeros_like(rewards).masked_scatter(lm_mask, lm_losses)
         )
@@ -325,10 +347,12 @@ def load_reward_model(
     seed: int,
     with_lm_head: bool = False,
     dtype: torch.dtype = torch.float32,
+    attention: str = "sdpa",
 ) -> tuple[LlamaRewardModel, bool]:
     """Loads a pretrained LLaMA, or a reward model, and says where its reward head came from.
 
-    An existing head is never initialised again. Seed the generators before the call.
+    An existing head is never initialised again. Seed the generators before the call. `attention` is that of
+    `tree_batching.choose_attention`; trees need another than padded batches.
 
     Returns:
         The model and whether its reward head was loaded (False: freshly initialised).
@@ -340,7 +364,12 @@ def load_reward_model(
     config.reward_settings = asdict(settings)
     try:
         model, info = LlamaRewardModel.from_pretrained(
-            path, config=config, dtype=dtype, with_lm_head=with_lm_head, output_loading_info=True
+            path,
+            config=config,
+            dtype=dtype,
+            with_lm_head=with_lm_head,
+            attn_implementation=attention,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error

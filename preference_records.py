@@ -16,18 +16,20 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 SEPARATOR = "<sep>"
 DATA_TYPES = ("comparison_pair", "reject_sample")
 MAX_SCORE = 1e38  # the range of float32
 NUM_SHOWN = 5  # problems that one error message shows
+CHUNK_SIZE = 2**20  # characters of a JSON list that are read at a time
 SECONDS_FOR_FIRST_PROCESS = 20
 
 
@@ -74,54 +76,109 @@ def sha256_of_file(path: str | Path) -> str:
 
 
 def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """Reads a JSON list, JSON lines (either of them also as `.gz`) or a `.parquet` file.
+    """Reads a whole file; see `iter_records`."""
+    return list(iter_records(path))
 
-    Returns:
+
+def iter_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Reads a JSON list, JSON lines (either of them also as `.gz`) or a `.parquet` file, in flat memory.
+
+    Yields:
         One (place, record) per record, in file order; the place is "record 3" (from 1), or "line 3" for JSON lines.
 
     Raises:
-        InputError: no such file, empty, broken (with the position), or a record that is no JSON object.
+        InputError: no such file, empty or broken (with the position); after the last record, if any is no JSON object.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the path of an existing .json, .jsonl, .gz or .parquet file")
     if path.stat().st_size == 0:
         raise InputError(f"{path}: the file is empty; expected preference records")
-    placed = _read_parquet(path) if path.suffix == ".parquet" else _parse_json(path, _read_text(path))
-    if not placed:
+    place, problems = None, []
+    for place, record in _iter_parquet(path) if path.suffix == ".parquet" else _iter_json(path):
+        if isinstance(record, dict):
+            yield place, record
+        else:
+            problems.append(f"{place}: found {describe(record)}, expected an object")
+    if place is None:
         raise InputError(f"{path}: the file holds no records; expected at least one")
-    problems = [f"{place}: found {describe(r)}, expected an object" for place, r in placed if not isinstance(r, dict)]
     raise_bad_records(path, problems)
-    return placed
+
+
+def _iter_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
+            yield f"record {number}", {key: value for key, value in row.items() if value is not None}
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read as parquet ({error})") from error
+
+
+def _open_text(path: Path) -> TextIO:
+    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig")
 
 
 def _read_text(path: Path) -> str:
-    opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
+        with _open_text(path) as file:
             return file.read()
     except (OSError, UnicodeDecodeError, zlib.error, EOFError) as error:
         raise InputError(f"{path}: cannot be read as {'gzipped ' * (path.suffix == '.gz')}UTF-8 ({error})") from error
 
 
-def _read_parquet(path: Path) -> list[tuple[str, Any]]:
-    import datasets
-
+def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = datasets.Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
-    except Exception as error:  # pyarrow and datasets raise many kinds for a broken file
-        raise InputError(f"{path}: cannot be read as parquet ({error.__cause__ or error})") from error
-    rows = [{key: value for key, value in row.items() if value is not None} for row in rows]
-    return [(f"record {i}", row) for i, row in enumerate(rows, start=1)]
+        with _open_text(path) as file:
+            while (first := file.read(1)).isspace():
+                pass
+            if not first:
+                raise InputError(f"{path}: the file is empty; expected preference records")
+            yield from _iter_list(path, file) if first == "[" else _iter_lines(path, file)
+    except (OSError, UnicodeDecodeError, zlib.error, EOFError):
+        _read_text(path)  # says where in the file; `file` knows the position in its buffer only
+        raise
 
 
-def _parse_json(path: Path, text: str) -> list[tuple[str, Any]]:
-    if not text.strip():
-        raise InputError(f"{path}: the file is empty; expected preference records")
-    if text.lstrip().startswith("["):
-        return [(f"record {i}", r) for i, r in enumerate(_loads(path, text), start=1)]
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    return [(f"line {n}", _loads(path, line, first_line=n)) for n, line in lines]
+def _iter_lines(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
+    file.seek(0)
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            yield f"line {number}", _loads(path, line, first_line=number)
+
+
+def _iter_list(path: Path, file: TextIO) -> Iterator[tuple[str, Any]]:
+    """Decodes the rest of a JSON list, behind its "[", item by item."""
+    buffer, start, mark, number = "", 0, ",", 0
+    while mark == ",":
+        if item := _decode_item(buffer, start):
+            record, mark, start = item
+            number += 1
+            yield f"record {number}", record
+        elif more := file.read(max(CHUNK_SIZE, len(buffer) - start)):
+            buffer, start = buffer[start:] + more, 0
+        else:
+            break
+    if mark == "," or (buffer[start:] + file.read()).strip():
+        records = _loads(path, _read_text(path))  # raises, with the position in the whole text
+        assert not records, f"{number} of {len(records)} records were read one by one"
+
+
+def _decode_item(buffer: str, start: int) -> tuple[Any, str, int] | None:
+    """Returns an item of a list, the mark behind it and where that ends, or None if they are not all there.
+
+    Without the mark, the 1 of a 12 that continues in the next chunk would be an item.
+    """
+    skip_space = re.compile(r"[ \t\n\r]*").match
+    try:
+        item, end = json.JSONDecoder().raw_decode(buffer, skip_space(buffer, start).end())
+    except (ValueError, RecursionError):
+        return None
+    end = skip_space(buffer, end).end()
+    mark = buffer[end : end + 1]
+    return (item, mark, end + 1) if mark and mark in ",]" else None
 
 
 def _loads(path: Path, text: str, first_line: int = 1) -> Any:
@@ -158,28 +215,38 @@ class PreferenceRecord:
 
 
 def load_preference_data(path: str | Path, data_type: str, add_sep_token: bool = False) -> list[PreferenceRecord]:
-    """Reads and validates a whole file.
+    """Reads and validates a whole file; see `iter_preference_data`."""
+    return list(iter_preference_data(path, data_type, add_sep_token))
+
+
+def iter_preference_data(path: str | Path, data_type: str, add_sep_token: bool = False) -> Iterator[PreferenceRecord]:
+    """Reads and validates a file record by record, in flat memory.
 
     Args:
         path: `.json`, `.jsonl`, `.gz` of these, or `.parquet`.
         data_type: `comparison_pair` (text-scores or prompt / chosen / rejected records) or `reject_sample`.
         add_sep_token: whether every text must hold one `<sep>`; without it a text that has none is one whole sequence.
 
+    Yields:
+        The records, in file order; none behind a bad one, so that no work goes into a file that will be refused.
+
     Raises:
-        InputError: one line that counts all bad records and shows the first five with place, field, found, expected.
+        InputError: at the end of the file, one line that counts all bad records and shows the first five with place,
+            field, found, expected.
     """
     assert data_type in DATA_TYPES, data_type
-    records, problems = [], []
-    for index, (place, raw) in enumerate(read_records(path)):
+    problems = []
+    for index, (place, raw) in enumerate(iter_records(path)):
         try:
             if data_type == "reject_sample":
-                records.append(_parse_answers(raw))
+                record = _parse_answers(raw)
             else:
-                records.append(_parse_preference(raw, str(index), add_sep_token))
+                record = _parse_preference(raw, str(index), add_sep_token)
         except BadField as error:
             problems.append(f"{place}: {error}")
+        if not problems:
+            yield record
     raise_bad_records(path, problems)
-    return records
 
 
 def first_few(parts: list[str]) -> str:

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
+import operator
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preference_records import InputError, PreferenceRecord, load_preference_data, read_records, sha256_of_file
+from preference_records import PreferenceRecord, iter_preference_data, read_records, sha256_of_file
 
 if TYPE_CHECKING:
     import datasets
-    import torch
 
     from models import RewardTokenizer
 
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 ABSENT_SCORE = -1.0  # marks the empty places of a ragged (B, R) score matrix
 TOKENIZE_BATCH_SIZE = 512
-DATASET_VERSION = 2  # part of the cache key: raise it when the rows of `tokenize_records` change
+DATASET_VERSION = 3  # part of the cache key: raise it when the rows of `tokenize_records` change
 
 
 # ------------------------------------------------------------------------------------------------ tokenising
@@ -57,7 +58,7 @@ def build_sequence(
 
 
 def tokenize_records(
-    records: list[PreferenceRecord],
+    records: Iterable[PreferenceRecord],
     tokenizer: RewardTokenizer,
     *,
     max_length: int,
@@ -68,10 +69,11 @@ def tokenize_records(
 
     Row: `input_ids` R lists of ids, `scores` R normalised scores, `is_apo`, `query_id`, `answer_keys`, three counts:
     `num_pairs` (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical`
-    (pairs whose two sequences became the same, so that nothing can be learnt from them).
+    (pairs whose two sequences became the same, so that nothing can be learnt from them), and three sizes in tokens:
+    `length` (of all sequences as a prefix tree), `num_tokens` (their sum), `longest`.
     """
-    for start in range(0, len(records), TOKENIZE_BATCH_SIZE):
-        batch = records[start : start + TOKENIZE_BATCH_SIZE]
+    records = iter(records)
+    while batch := list(itertools.islice(records, TOKENIZE_BATCH_SIZE)):
         prompts = {prompt: None for record in batch for prompt in record.prompts}
         prompt_ids = dict(zip(prompts, tokenizer.encode(list(prompts)), strict=True))
         response_ids = iter(tokenizer.encode([response for record in batch for response in record.responses]))
@@ -97,6 +99,7 @@ def tokenize_records(
                 "answer_keys": record.answer_keys,
                 "num_truncated": sum(len(p) + len(r) + num_special > max_length for p, r in pairs_ids),
                 **_count_pairs(scores, sequences),
+                **_count_tokens(sequences),
             }
 
 
@@ -105,11 +108,14 @@ def _count_pairs(scores: list[float], sequences: list[list[int]]) -> dict[str, i
     return {"num_pairs": len(pairs), "num_identical": sum(sequences[i] == sequences[j] for i, j in pairs)}
 
 
-def _generate_rows(
-    path: str, tokenizer: RewardTokenizer, data_type: str, settings: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
-    records = load_preference_data(path, data_type, settings["add_sep_token"])
-    yield from tokenize_records(records, tokenizer, **settings)
+def _count_tokens(sequences: list[list[int]]) -> dict[str, int]:
+    """Sorted, a sequence has its longest common beginning with those before it in common with its neighbour."""
+    shared = [
+        next(itertools.compress(itertools.count(), map(operator.ne, first, second)), min(len(first), len(second)))
+        for first, second in itertools.pairwise(sorted(sequences))
+    ]
+    lengths = [len(sequence) for sequence in sequences]
+    return {"length": sum(lengths) - sum(shared), "num_tokens": sum(lengths), "longest": max(lengths)}
 
 
 def _row_features() -> datasets.Features:
@@ -124,8 +130,24 @@ def _row_features() -> datasets.Features:
             "query_id": value("string"),
             "answer_keys": datasets.List(value("string")),
             **dict.fromkeys(("num_truncated", "num_pairs", "num_identical"), value("int32")),
+            **dict.fromkeys(("length", "num_tokens", "longest"), value("int32")),
         }
     )
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes rows to an Arrow file, under a temporary name until it is whole."""
+    from datasets.arrow_writer import ArrowWriter
+
+    temporary = path.with_suffix(".incomplete")
+    try:
+        with ArrowWriter(path=str(temporary), features=_row_features()) as writer:
+            for row in rows:
+                writer.write(row)
+            writer.finalize()
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load_preference_dataset(
@@ -150,34 +172,31 @@ def load_preference_dataset(
         InputError: see `load_preference_data`.
     """
     import datasets
-    from datasets.exceptions import DatasetGenerationError
+    from filelock import FileLock
 
     if not Path(path).is_file():
         read_records(path)
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
     key = [DATASET_VERSION, sha256_of_file(path), tokenizer.fingerprint, data_type, settings]
-    datasets.disable_progress_bars()
-    try:
-        dataset = datasets.Dataset.from_generator(
-            _generate_rows,
-            features=_row_features(),
-            cache_dir=cache_dir,
-            gen_kwargs={"path": str(path), "tokenizer": tokenizer, "data_type": data_type, "settings": settings},
-            fingerprint=hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32],
-        )
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, InputError):
-            raise error.__cause__ from None
-        raise
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    cache_path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "preference_data", f"{name}.arrow")
+    cache_path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{cache_path}.lock"):
+        if not cache_path.exists():
+            records = iter_preference_data(path, data_type, add_sep_token)
+            _write_rows(cache_path, tokenize_records(records, tokenizer, **settings))
+    dataset = datasets.Dataset.from_file(str(cache_path))
     _log_counts(path, dataset)
     return dataset
 
 
 def _log_counts(path: str | Path, dataset: datasets.Dataset) -> None:
-    counts = {name: int(sum(dataset[name])) for name in ("num_pairs", "num_truncated", "num_identical")}
+    columns = dataset.select_columns(["num_pairs", "num_truncated", "num_identical"]).with_format("numpy")[:]
+    counts = {name: int(column.sum()) for name, column in columns.items()}
+    num_equal = int((columns["num_pairs"] == 0).sum())
     logger.info(
         "%s: %d items, %d pairs, %d responses truncated, %d items without a pair (all scores equal)",
-        *(path, len(dataset), counts["num_pairs"], counts["num_truncated"], list(dataset["num_pairs"]).count(0)),
+        *(path, len(dataset), counts["num_pairs"], counts["num_truncated"], num_equal),
     )
     if counts["num_identical"]:
         logger.warning("%s: the two sides of %d pairs are the same tokens", path, counts["num_identical"])
@@ -196,40 +215,83 @@ def name_datasets(paths: list[str]) -> dict[str, str]:
     return names
 
 
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def batch_by_tokens(dataset: datasets.Dataset, token_budget: int, batching: str) -> list[list[int]]:
+    """Divides a data set into batches of at most `token_budget` tokens, padding included.
+
+    Padded batches take the longest items first, so that an item meets others of its length, and memory runs out at
+    once or never. Trees have no padding to avoid; they keep the order of the file, in which pairs of the same prompt
+    are mostly neighbours and share it.
+
+    Returns:
+        Indices of the items of each batch; an item above the budget is a batch of its own.
+    """
+    if batching == "tree":
+        order, counts, widths = range(len(dataset)), list(dataset["length"]), [1] * len(dataset)
+    else:
+        counts, widths = [len(scores) for scores in dataset["scores"]], list(dataset["longest"])
+        order = sorted(range(len(dataset)), key=lambda i: -widths[i])
+    batches: list[list[int]] = []
+    count = 0  # of tokens in a tree, of rows as wide as the first one where they are padded
+    for i in order:
+        count += counts[i]
+        if not batches or count * widths[batches[-1][0]] > token_budget:
+            batches.append([])
+            count = counts[i]
+        batches[-1].append(i)
+    return batches
+
+
 # ------------------------------------------------------------------------------------------------ collating
 
 
 @dataclass
 class RewardDataCollator:
-    """Makes a batch of B items: every response is one row, padded to the longest row of the batch.
+    """Makes a batch of B items, their N present responses one after another.
 
-    Two items, of 2 and 1 responses, with pad id 3 and right padding:
+    Padded: every response is one row, padded to the longest row of the batch. Two items, of 2 and 1 responses, with
+    pad id 3 and right padding:
 
         [{"input_ids": [[1, 7, 2], [1, 2]], "scores": [0.9, 0.1], "is_apo": False},
          {"input_ids": [[1, 2]], "scores": [0.5], "is_apo": True}]
 
     become `input_ids` [[1, 7, 2], [1, 2, 3], [1, 2, 3]] (N, T), `attention_mask` [[1, 1, 1], [1, 1, 0], [1, 1, 0]],
     `scores` [[0.9, 0.1], [0.5, -1]] (B, R) with -1 where an item has no such response, `apo_mask` [0, 1] (B,).
-    The N rows are the present responses, item by item.
+
+    As a tree: `scores` and `apo_mask` are the same, `input_ids` is (1, S), `attention_mask` (N, T) that of the paths,
+    and `tree` holds the other tensors of `tree_batching.build_token_tree`.
     """
 
     pad_token_id: int
     padding_side: str = "right"
+    batching: str = "padded"
 
-    def __call__(self, items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
 
         num_responses = max(len(item["scores"]) for item in items)
         scores = torch.full((len(items), num_responses), ABSENT_SCORE)
         for row, item in zip(scores, items, strict=True):
             row[: len(item["scores"])] = torch.as_tensor(item["scores"])
-        sequences = [torch.as_tensor(ids, dtype=torch.long) for item in items for ids in item["input_ids"]]
+        apo_mask = torch.tensor([float(item["is_apo"]) for item in items])
+        sequences = [ids for item in items for ids in item["input_ids"]]
+        return {"scores": scores, "apo_mask": apo_mask, **self._token_tensors(sequences)}
+
+    def _token_tensors(self, sequences: list[list[int]]) -> dict[str, Any]:
+        import torch
+
+        if self.batching == "tree":
+            from tree_batching import build_token_tree
+
+            tree = build_token_tree(sequences)
+            return {"input_ids": tree.pop("input_ids"), "attention_mask": tree.pop("attention_mask"), "tree": tree}
+        rows = [torch.as_tensor(ids, dtype=torch.long) for ids in sequences]
         pad = functools.partial(
             torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=self.padding_side
         )  # (N, T)
         return {
-            "scores": scores,
-            "apo_mask": torch.tensor([float(item["is_apo"]) for item in items]),
-            "input_ids": pad(sequences, padding_value=self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(ids) for ids in sequences], padding_value=0),
+            "input_ids": pad(rows, padding_value=self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(ids) for ids in rows], padding_value=0),
         }

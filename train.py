@@ -9,6 +9,7 @@ See README.md for the three reward models of the paper, and `python train.py --h
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
@@ -108,8 +109,9 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
     results = {}
     for name, eval_set in eval_sets.items():
         output = trainer.predict(eval_set, metric_key_prefix=f"eval_{name}")
-        results[name] = output.metrics
-        trainer.log(dict(output.metrics))
+        logs = dict(output.metrics)
+        trainer.log(logs)
+        results[name] = {metric: logs[metric] for metric in output.metrics if metric in logs}
         if args.save_calibration and trainer.is_world_process_zero():
             rewards, scores = output.predictions[0], output.label_ids[0]
             curves = {bins: calibration_curve(rewards, scores, bins) for bins in args.calibration_bins}
@@ -167,6 +169,7 @@ def main() -> None:
     from models import load_config, load_reward_model, load_reward_tokenizer, resolve_settings
     from reports import plot_training_curves, write_manifest, write_model_card, write_results
     from trainer import RewardModelTrainer
+    from tree_batching import TREE_ATTENTIONS, choose_attention
 
     # ---- what scoring must repeat: flags, or what the checkpoint records
     config = load_config(model_args.model_name_or_path)
@@ -208,6 +211,8 @@ def main() -> None:
     # ---- model
     if args.deepspeed:
         prepare_deepspeed(args)
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else getattr(torch, model_args.dtype)
+    attention = choose_attention(config, args.batching, args.device, compute_dtype)
     set_seed(args.seed)
     model, head_loaded = load_reward_model(
         model_args.model_name_or_path,
@@ -217,6 +222,7 @@ def main() -> None:
         seed=args.seed,
         with_lm_head=args.lm_loss_coeff > 0,
         dtype=getattr(torch, model_args.dtype),
+        attention=attention,
     )
     if args.task_type == "inference" and not head_loaded:
         raise InputError(
@@ -228,7 +234,9 @@ def main() -> None:
     trainer = RewardModelTrainer(
         model=model,
         args=args,
-        data_collator=RewardDataCollator(tokenizer.pad_token_id, model_args.padding_side),
+        data_collator=RewardDataCollator(
+            tokenizer.pad_token_id, model_args.padding_side, "tree" if attention in TREE_ATTENTIONS else "padded"
+        ),
         train_dataset=train_set,
         eval_dataset=eval_sets or None,
         processing_class=tokenizer,
@@ -249,12 +257,27 @@ def main() -> None:
     # ---- score, or evaluate
     if args.task_type == "inference":
         score_all(trainer, eval_sets, score_paths)
-        return
-    results = evaluate_all(trainer, eval_sets) if eval_sets else {}
-    if args.do_train and trainer.is_world_process_zero():
-        plot_training_curves(args.output_dir, trainer.state.log_history)
-        write_model_card(args.output_dir, model_args.model_name_or_path, asdict(settings), results)
+    else:
+        results = evaluate_all(trainer, eval_sets) if eval_sets else {}
+        if args.do_train and trainer.is_world_process_zero():
+            plot_training_curves(args.output_dir, trainer.state.log_history)
+            write_model_card(args.output_dir, model_args.model_name_or_path, asdict(settings), results)
+    trainer.end()
+
+
+def leave() -> None:
+    """Ends one process of several without taking the interpreter apart.
+
+    Gloo's threads live on in what DeepSpeed and torch keep of the process groups. One that lets go of a tensor while
+    the interpreter goes down aborts the process, seldom, but after all its work was done: torchrun calls that failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
     main()
+    leave()

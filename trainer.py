@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import EvalLoopOutput
 
 from arguments import RewardTrainingArguments
 from models import RewardModelOutput
+from reward_datasets import batch_by_tokens
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # ------------------------------------------------------------------------------------------------ losses
 
@@ -180,6 +187,15 @@ def preference_metrics(
 # ------------------------------------------------------------------------------------------------ trainer
 
 
+def in_file_order(
+    predictions: tuple[np.ndarray, ...], labels: tuple[np.ndarray, ...]
+) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
+    """Sorts gathered rows by the last of the labels, their index in the data set; drops repeated rows and index -1."""
+    index, rows = np.unique(labels[-1], return_index=True)
+    rows = rows[index >= 0]
+    return tuple(array[rows] for array in predictions), tuple(array[rows] for array in labels)
+
+
 class RewardModelTrainer(Trainer):
     """Trains a `LlamaRewardModel` on batches of `RewardDataCollator`.
 
@@ -219,7 +235,8 @@ class RewardModelTrainer(Trainer):
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> RewardModelOutput:
         lm_mask = self._lm_mask(inputs["scores"])
-        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], lm_mask=lm_mask)
+        tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "tree") if name in inputs}
+        return model(**tokens, lm_mask=lm_mask)
 
     def compute_loss(
         self,
@@ -238,14 +255,50 @@ class RewardModelTrainer(Trainer):
         self._window.add(rewards.detach(), scores, apo_mask, terms)
         return sum(terms.values())
 
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """Batches of at most `--eval_token_budget` tokens, each an `index` (B,) of its items besides."""
+        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        settings = self.model.settings
+        budget = self.args.eval_token_budget or 2 * settings.max_length * self.args.eval_batch_size
+        batches = batch_by_tokens(dataset, budget, self.data_collator.batching)
+        # All processes run equally many batches, since ZeRO-3 gathers weights in each; who lacks one repeats another.
+        rank, world_size = self.args.process_index, self.args.world_size
+        num_rounds = math.ceil(len(batches) / world_size)
+        share = [batches[(i * world_size + rank) % len(batches)] for i in range(num_rounds)]
+
+        def collate(indices: list[int]) -> dict[str, Any]:
+            return {**self.data_collator([dataset[i] for i in indices]), "index": torch.tensor(indices)}
+
+        return DataLoader(
+            range(len(dataset)),
+            batch_sampler=share,
+            collate_fn=collate,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
+        )
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """See `get_eval_dataloader`."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Returns predictions and labels in file order, each item once, however they were batched and distributed."""
+        self.gather_function = self.accelerator.gather  # the other one would cut what it takes for repeated samples
+        output = super().evaluation_loop(*args, **kwargs)
+        predictions, labels = in_file_order(output.predictions, output.label_ids)
+        return output._replace(predictions=predictions, label_ids=labels)
+
     def prediction_step(
         self,
         model: nn.Module,
         inputs: dict[str, Tensor],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[None, tuple[Tensor, ...], tuple[Tensor, Tensor]]:
-        """Returns no loss, (rewards[, lm_losses]) and (scores, apo_mask); (B, R) each, NaN at absent responses."""
+    ) -> tuple[None, tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
+        """Returns no loss, (rewards[, lm_losses]) and (scores, apo_mask, index); (B, R) each, NaN at absent responses.
+
+        B is that of the process with the most items; what fills it up elsewhere has the index -1.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             output = self._forward(model, inputs)
@@ -253,12 +306,12 @@ class RewardModelTrainer(Trainer):
         nan = torch.full_like(scores, torch.nan)
         names = ("rewards", "lm_losses") if self.args.lm_loss_coeff > 0 else ("rewards",)
         predictions = tuple(nan.masked_scatter(scores >= 0, output[name]) for name in names)
-        return None, predictions, (scores, inputs["apo_mask"])
+        labels = (scores, inputs["apo_mask"], inputs["index"])
+        return None, *(self.accelerator.pad_across_processes(part, pad_index=-1) for part in (predictions, labels))
 
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics and loss of a whole data set; what the gathering padded counts as absent."""
-        rewards, *lm_losses = prediction.predictions
-        scores, apo_mask = prediction.label_ids
+        (rewards, *lm_losses), (scores, apo_mask, _) = in_file_order(prediction.predictions, prediction.label_ids)
         rewards = np.where(scores < 0, np.nan, rewards)
         bins = self.args.calibration_bins if self.args.rm_calibration else None
         tensors = [torch.as_tensor(array, dtype=torch.float64) for array in (rewards, scores, apo_mask)]
@@ -268,9 +321,14 @@ class RewardModelTrainer(Trainer):
         return {"loss": loss.item(), **preference_metrics(rewards, scores, bins)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds accuracy, margin and the terms of the loss since the last log to the training log."""
+        """Adds accuracy, margin and the terms of the loss since the last log to the training log.
+
+        Steps per second of an evaluation are left out: they would count batches of `--per_device_eval_batch_size`.
+        """
         if "loss" in logs:
             logs |= self._window.drain(self.accelerator)
+        for name in [name for name in logs if name.startswith("eval") and name.endswith("_steps_per_second")]:
+            del logs[name]
         super().log(logs, start_time)
 
 

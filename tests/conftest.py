@@ -36,7 +36,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 import train
-from models import LlamaRewardModel, RewardTokenizer, load_config, load_reward_model, load_reward_tokenizer
+from models import (
+    LlamaRewardModel,
+    RewardModelOutput,
+    RewardTokenizer,
+    load_config,
+    load_reward_model,
+    load_reward_tokenizer,
+)
 from models import resolve_settings as resolve
 from reward_datasets import RewardDataCollator
 
@@ -109,7 +116,12 @@ def make_bpe_tokenizer(special_tokens: list[str], **roles: str) -> PreTrainedTok
 
 
 def load_model(
-    path: str | Path = CHECKPOINT, *, seed: int = 42, with_lm_head: bool = False, **flags: object
+    path: str | Path = CHECKPOINT,
+    *,
+    seed: int = 42,
+    with_lm_head: bool = False,
+    attention: str = "sdpa",
+    **flags: object,
 ) -> tuple[LlamaRewardModel, RewardTokenizer]:
     """Loads model and tokenizer as `train.py` does; `flags` are the settings that scoring must repeat."""
     config = load_config(str(path))
@@ -117,8 +129,15 @@ def load_model(
     tokenizer = load_reward_tokenizer(str(path), config, settings.tokenizer_backend)
     settings.sep_token_id = tokenizer.sep_token_id
     set_seed(seed)
-    model, _ = load_reward_model(str(path), config, tokenizer, settings, seed=seed, with_lm_head=with_lm_head)
+    model, _ = load_reward_model(
+        str(path), config, tokenizer, settings, seed=seed, with_lm_head=with_lm_head, attention=attention
+    )
     return model.eval(), tokenizer
+
+
+def forward(model: LlamaRewardModel, batch: dict, **inputs: torch.Tensor) -> RewardModelOutput:
+    """Runs the model on what the collator made."""
+    return model(**{name: batch[name] for name in ("input_ids", "attention_mask", "tree") if name in batch}, **inputs)
 
 
 @torch.no_grad()
@@ -129,7 +148,7 @@ def rewards_of(
     sequences = list(sequences)
     item = {"input_ids": sequences, "scores": [0.5] * len(sequences), "is_apo": False}
     batch = RewardDataCollator(pad_token_id, padding_side)([item])
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).rewards
+    return forward(model, batch).rewards
 
 
 # ------------------------------------------------------------------------------------------------ running train.py

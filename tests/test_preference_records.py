@@ -10,7 +10,15 @@ from conftest import REPO_ROOT, pair, read_json, write_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preference_records import InputError, exit_on_input_error, load_preference_data, read_records, write_json
+from preference_records import (
+    InputError,
+    exit_on_input_error,
+    iter_preference_data,
+    iter_records,
+    load_preference_data,
+    read_records,
+    write_json,
+)
 
 PAIRS = [pair(f"Question {i}?", f" answer {i}", " none", query_id=f"q{i}") for i in range(3)]
 
@@ -276,6 +284,54 @@ def test_any_json_is_either_read_or_refused_in_one_line(tmp_path_factory, record
         assert str(error).startswith(str(path)) and "\n" not in str(error)
     else:
         assert len(parsed) == len(records) > 0
+
+
+@given(st.lists(JSON_VALUES, max_size=4), st.sampled_from([None, 1]), st.integers(1, 40), st.data())
+@settings(max_examples=150, deadline=None)
+def test_list_read_in_chunks_is_read_or_refused_as_the_whole_text_is(tmp_path_factory, values, indent, size, data):
+    """Chunks of a few characters end inside strings, numbers and marks; half of the texts are cut or have a tail."""
+    text = json.dumps([{"a": value} for value in values], indent=indent)
+    text = data.draw(st.just(text) | st.integers(1, len(text) - 1).map(lambda end: text[:end]) | st.just(text + " 1"))
+    path = tmp_path_factory.getbasetemp() / "chunks.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("preference_records.CHUNK_SIZE", size)
+        try:
+            expected = json.loads(text)
+        except json.JSONDecodeError as error:
+            with pytest.raises(InputError) as refused:
+                read_records(path)
+            assert f"line {error.lineno} column {error.colno}: {error.msg}; " in str(refused.value)
+        else:
+            if expected:
+                assert repr([record for _, record in read_records(path)]) == repr(expected)  # NaN is not itself
+
+
+def test_position_of_wrong_bytes_is_that_in_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(json.dumps(PAIRS[0]).encode() + b"\n" * 50_000 + b"\xff")
+    position = len(json.dumps(PAIRS[0])) + 50_000
+    with pytest.raises(InputError, match=f"cannot be read as UTF-8 .*0xff in position {position}:"):
+        read_records(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_records_are_read_one_by_one(tmp_path, name, monkeypatch):
+    """The first record is there although the second is broken."""
+    monkeypatch.setattr("preference_records.CHUNK_SIZE", 1)
+    first = json.dumps(PAIRS[0])
+    (tmp_path / name).write_text(f"[{first},\n7 7]" if name == "a.json" else f"{first}\n7 7")
+    records = iter_records(tmp_path / name)
+    assert next(records)[1] == PAIRS[0]
+    with pytest.raises(InputError, match="broken JSON at line 2 column 3"):
+        next(records)
+
+
+def test_no_record_comes_behind_a_bad_one(tmp_path):
+    path = write_records(tmp_path / "a.json", [GOOD, GOOD, GOOD | {"scores": [1]}, GOOD, GOOD | {"scores": 1}])
+    records = iter_preference_data(path, "comparison_pair")
+    assert [next(records).query_id, next(records).query_id] == ["0", "1"]
+    with pytest.raises(InputError, match=r"2 bad records: record 3: .*; record 5: "):
+        next(records)
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import load_reward_tokenizer
-from preference_records import InputError, load_preference_data
+from preference_records import InputError, PreferenceRecord, load_preference_data
 from reward_datasets import (
     RewardDataCollator,
+    _count_tokens,
     build_sequence,
     load_preference_dataset,
     name_datasets,
@@ -100,11 +101,51 @@ def test_changed_file_or_tokenizer_does_not_take_the_old_cache(tmp_path, tokeniz
 
 
 def test_bad_records_stop_the_load_through_the_cache_too(tmp_path, tokenizer):
-    """datasets wraps what its generator raises."""
-    path = write_records(tmp_path / "a.json", [pair(), pair() | {"scores": [1]}])
+    """The rows of the first two batches are written by then; nothing of them stays."""
+    path = write_records(tmp_path / "a.json", [pair()] * 1200 + [pair() | {"scores": [1]}])
     for _ in range(2):
-        with pytest.raises(InputError, match='record 2: field "scores"'):
+        with pytest.raises(InputError, match='record 1201: field "scores"'):
             load(path, tokenizer, cache_dir=str(tmp_path))
+    assert {file.suffix for file in (tmp_path / "preference_data").iterdir()} <= {".lock"}
+
+
+def test_rows_of_several_batches_keep_the_order_of_the_file(tmp_path, tokenizer):
+    path = write_records(tmp_path / "a.json", [pair(f"Question {i % 7}?", query_id=i) for i in range(1200)])
+    rows = load(path, tokenizer, cache_dir=str(tmp_path))
+    assert rows["query_id"][:] == [str(i) for i in range(1200)]
+
+
+def test_left_over_of_a_killed_run_is_not_taken_for_the_cache(tmp_path, tokenizer):
+    path = write_records(tmp_path / "a.json", PAIRS)
+    first = load(path, tokenizer, cache_dir=str(tmp_path))[:]
+    [cached] = (tmp_path / "preference_data").glob("*.arrow")
+    cached.with_suffix(".incomplete").write_bytes(cached.read_bytes()[:100])
+    cached.unlink()
+    assert load(path, tokenizer, cache_dir=str(tmp_path))[:] == first
+    assert not cached.with_suffix(".incomplete").exists()
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=6).map(lambda ids: [1, *ids]), min_size=1, max_size=5))
+def test_length_counts_tokens_that_sequences_begin_with_together_once(sequences):
+    """A prefix tree has one token for each different beginning of its sequences."""
+    beginnings = {tuple(ids[:n]) for ids in sequences for n in range(1, len(ids) + 1)}
+    lengths = [len(ids) for ids in sequences]
+    expected = {"length": len(beginnings), "num_tokens": sum(lengths), "longest": max(lengths)}
+    assert _count_tokens(sequences) == expected
+
+
+def test_rows_count_the_tokens_that_are_left_by_truncation(tokenizer, monkeypatch):
+    """Prompt 3 tokens, responses 2 and 4: bos p p p sep r r eos (8) and bos p p p sep s s s s eos (10), 5 shared.
+
+    Cut to 9 on the left the second has lost its bos, so that they share nothing: 8 + 9.
+    """
+    ids = {"prompt": [10, 11, 12], "two": [20, 21], "four": [30, 31, 32, 33]}
+    monkeypatch.setattr(tokenizer, "encode", lambda texts: [ids[text] for text in texts])
+    record = PreferenceRecord(["prompt"] * 2, ["two", "four"], [1.0, 0.0], "q", ["0", "1"])
+    names = ("length", "num_tokens", "longest")
+    for max_length, expected in ((64, [13, 18, 10]), (9, [17, 17, 9])):
+        [row] = tokenize_records([record], tokenizer, **SETTINGS | {"max_length": max_length})
+        assert [row[name] for name in names] == expected
 
 
 def test_truncated_responses_and_indistinguishable_pairs_are_counted_and_logged(tmp_path, tokenizer, caplog):

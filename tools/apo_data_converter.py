@@ -9,8 +9,8 @@ writes `<output_dir>/<apo_data_name>_text_scores.json`, one pair per sample, in 
     {"text": ["<query><sep><golden>", "<query><sep><sample>"], "scores": [1.0, 0.0], "type": "apo"}
 
 With `--group` a prompt becomes one item of all its answers, golden first, with scores [1.0, 0.0, 0.0, ...]: the same
-pairs, but training computes the golden answer once. Train on it with `--apo_sample_num 1` and one item a micro-batch,
-or the pairs of a group weigh more than those of the paper.
+pairs, but training computes prompt and golden answer once. Of N samples, train with `--apo_sample_num N`; with 1 where
+a micro-batch is a single item, because the pairs of the group are its whole denominator then.
 """
 
 import argparse

@@ -1,0 +1,251 @@
+"""Tree batching: the sequences of a batch as one row of tokens, in which no token stands twice and none is padding.
+
+Sequences that begin alike share their beginning: the responses of an item share its prompt, items may share a system
+prompt, and the pairs that one golden response forms with its samples share that response. A batch becomes a prefix
+tree, written into a single row of S tokens in depth-first order, so that the descendants of a token follow it:
+
+    sequences   p0 p1 p2 a0 a1        token      p0 p1 p2 a0 a1 b0
+                p0 p1 p2 b0           row index   0  1  2  3  4  5
+                                      position    0  1  2  3  4  3
+                                      subtree end 6  6  6  5  5  6
+
+    token i attends to token j   iff   j <= i < subtree_end[j]: the tokens before it on its own path, and itself
+
+Linear layers see a row without padding; only attention needs to know the tree. Rotary positions are those of the
+separate sequences and every token attends to what it would attend to there, so for a model without dropout this is
+the same function. Over-long sequences that truncation cut at different places begin differently and share nothing,
+which is the reference's result for them.
+
+The attention does it in one of three ways, registered with transformers under the names of `TREE_ATTENTIONS`:
+`tree_branches` for the CPU, `tree_flex` for CUDA, `tree_mask` where that fails.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+logger = logging.getLogger(__name__)
+
+TREE_ATTENTIONS = ("tree_branches", "tree_flex", "tree_mask")
+MIN_SHARED_TOKENS = 8  # a shorter common beginning saves less than the branching costs
+
+
+# ------------------------------------------------------------------------------------------------ the tree
+
+
+def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
+    """Number of tokens that two sequences have in common from their start."""
+    length = min(len(first), len(second))
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if len(different) else length
+
+
+def build_token_tree(sequences: list[list[int]]) -> dict[str, Tensor]:
+    """Writes N sequences as one prefix tree of S tokens.
+
+    The example above, without `MIN_SHARED_TOKENS`: `input_ids` [[p0 p1 p2 a0 a1 b0]], `position_ids` [[0 1 2 3 4 3]],
+    `subtree_ends` [6 6 6 5 5 6], `paths` [[0 1 2 3 4], [0 1 2 5 0]], `attention_mask` [[1 1 1 1 1], [1 1 1 1 0]],
+    `branches` [[0 5], [1 1]].
+
+    Returns:
+        `input_ids`, `position_ids` (1, S); `subtree_ends` (S,), the row index behind the last descendant of a token;
+        `paths` (N, T), the row indices of each sequence, in the order given, right-padded with 0, and their
+        `attention_mask` (N, T); `branches` (N, 2), in the order in which the sequences stand in the row: the sequence
+        and how many tokens it adds to the row.
+    """
+    arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+    total = sum(map(len, arrays))
+    input_ids, position_ids, subtree_ends = (np.zeros(total, dtype=np.int64) for _ in range(3))
+    paths: list[np.ndarray] = [np.empty(0, dtype=np.int64)] * len(arrays)
+    branches = []
+    size, path, previous = 0, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    for i in sorted(range(len(sequences)), key=sequences.__getitem__):
+        shared = common_prefix_length(previous, arrays[i])
+        if shared < MIN_SHARED_TOKENS:
+            shared = 0
+        num_new = len(arrays[i]) - shared
+        input_ids[size : size + num_new] = arrays[i][shared:]
+        position_ids[size : size + num_new] = np.arange(shared, len(arrays[i]))
+        subtree_ends[path[shared:]] = size
+        path = np.concatenate([path[:shared], np.arange(size, size + num_new)])
+        paths[i], previous = path, arrays[i]
+        branches.append((i, num_new))
+        size += num_new
+    subtree_ends[path] = size
+    row_indices = [torch.from_numpy(path) for path in paths]
+    return {
+        "input_ids": torch.from_numpy(input_ids[None, :size]),
+        "position_ids": torch.from_numpy(position_ids[None, :size]),
+        "subtree_ends": torch.from_numpy(subtree_ends[:size]),
+        "paths": pad_sequence(row_indices, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(path) for path in row_indices], batch_first=True),
+        "branches": torch.tensor(branches),
+    }
+
+
+# ------------------------------------------------------------------------------------------------ attention
+
+Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    *,
+    attend: Attend,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer over a tree, as transformers calls it.
+
+    Args:
+        module: the attention module that calls.
+        query: (1, H, S, head size).
+        key, value: (1, H, S, head size), or with fewer heads, each for a group of query heads.
+        attention_mask: not used.
+        attend: what `prepare_attention` made for this batch.
+        scaling: factor of the dot products.
+        dropout: must be 0: a shared token has one state, not one for each sequence.
+
+    Returns:
+        (1, S, H, head size), and None in place of the attention weights.
+    """
+    assert dropout == 0.0, dropout
+    group_size = query.shape[1] // key.shape[1]
+    if group_size > 1:
+        key, value = key.repeat_interleave(group_size, dim=1), value.repeat_interleave(group_size, dim=1)
+    return attend(query, key, value, scaling).transpose(1, 2), None
+
+
+for _name in TREE_ATTENTIONS:
+    AttentionInterface.register(_name, tree_attention)
+
+
+def prepare_attention(tree: dict[str, Tensor], attention_mask: Tensor, kind: str) -> Attend:
+    """Makes what the attention of every layer needs to know of a batch.
+
+    Args:
+        tree: of `build_token_tree`.
+        attention_mask: (N, T), likewise.
+        kind: one of `TREE_ATTENTIONS`.
+
+    Returns:
+        A function of query, key, value (1, H, S, head size) and the scaling; it returns their attention.
+    """
+    prepare = {"tree_branches": _prepare_branches, "tree_flex": _prepare_flex, "tree_mask": _prepare_mask}
+    return prepare[kind](tree, attention_mask)
+
+
+def _prepare_branches(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
+    """The new tokens of one sequence after another attend to the path of that sequence."""
+    lengths = attention_mask.sum(-1).tolist()
+    branches = [(i, num_new) for i, num_new in tree["branches"].tolist() if num_new]
+    new_lengths, path_lengths = [num_new for _, num_new in branches], [lengths[i] for i, _ in branches]
+    path_indices = torch.cat([tree["paths"][i, : lengths[i]] for i, _ in branches])
+    masks = [  # (new, path), none where the whole path is new and plain causal attention does
+        torch.ones(num_new, length, dtype=torch.bool, device=path_indices.device).tril(length - num_new)
+        if num_new < length
+        else None
+        for num_new, length in zip(new_lengths, path_lengths, strict=True)
+    ]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys = key.index_select(2, path_indices).split(path_lengths, dim=2)
+        values = value.index_select(2, path_indices).split(path_lengths, dim=2)
+        outputs = [
+            F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
+            for q, k, v, mask in zip(query.split(new_lengths, dim=2), keys, values, masks, strict=True)
+        ]
+        return torch.cat(outputs, dim=2)
+
+    return attend
+
+
+def _prepare_flex(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
+    """Flex attention over the row, which skips the blocks of the (S, S) matrix without a token that attends."""
+    ends = tree["subtree_ends"]
+
+    def attends(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (j <= i) & (i < ends[j])
+
+    block_mask = create_block_mask(attends, None, None, len(ends), len(ends), device=ends.device)
+    flex = compiled_flex_attention() if ends.is_cuda else flex_attention
+    return lambda query, key, value, scaling: flex(query, key, value, block_mask=block_mask, scale=scaling)
+
+
+def _prepare_mask(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
+    """Scaled-dot-product attention over the row with an (S, S) mask."""
+    ends = tree["subtree_ends"]
+    index = torch.arange(len(ends), device=ends.device)
+    mask = (index <= index[:, None]) & (index[:, None] < ends)
+    return lambda query, key, value, scaling: F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+
+
+@functools.cache
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    """Flex attention, compiled once for rows of any length."""
+    return torch.compile(flex_attention, dynamic=True)
+
+
+# ------------------------------------------------------------------------------------------------ choice
+
+
+def choose_attention(config: LlamaConfig, batching: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Picks the attention of a model and logs it.
+
+    Trees on a GPU use flex attention; where it does not compile, and on devices other than CPU and CUDA, attention
+    with a mask. A model with attention dropout is padded, because a shared token cannot be dropped twice.
+
+    Args:
+        config: of the model.
+        batching: `tree` or `padded`.
+        device: where the model will run.
+        dtype: in which it will compute there.
+
+    Returns:
+        One of `TREE_ATTENTIONS`, or `sdpa` for padded batches.
+    """
+    if batching == "padded" or config.attention_dropout > 0:
+        reason = " (the model has attention dropout)" if batching == "tree" else ""
+        logger.info("batching: padded, attention: sdpa%s", reason)
+        return "sdpa"
+    kind = {"cpu": "tree_branches", "cuda": "tree_flex"}.get(device.type, "tree_mask")
+    if kind == "tree_flex":
+        try:
+            _try_flex(config, device, dtype)
+        except Exception as error:  # compilers, drivers and cards fail in many ways
+            kind = "tree_mask"
+            logger.warning(
+                "flex attention does not work here (%s); using tree_mask", " ".join(str(error).split())[:200]
+            )
+    logger.info("batching: tree, attention: %s", kind)
+    return kind
+
+
+def _try_flex(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Compiles and runs flex attention, forward and backward, at the head size of the model."""
+    sequences = [list(range(200)), [*range(150), *range(300, 400)]]
+    tree = {name: tensor.to(device) for name, tensor in build_token_tree(sequences).items()}
+    attend = prepare_attention(tree, tree["attention_mask"], "tree_flex")
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (1, config.num_attention_heads, len(tree["subtree_ends"]), head_size)
+    query = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
+    attend(query, query, query, head_size**-0.5).sum().backward()
