@@ -1,0 +1,315 @@
+"""Prompts and their responses: the prompts of a file, the forms that models read, and what a killed run had already.
+
+`tools/inference_llm.py` (the LLM's samples) and `tools/annotate_golden.py` (golden answers) share it.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from preference_records import (
+    SEPARATOR,
+    BadField,
+    InputError,
+    describe,
+    first_few,
+    load_preference_data,
+    raise_bad_records,
+    read_records,
+    require_query_id,
+    require_text,
+    sha256_of_file,
+    write_json,
+)
+
+logger = logging.getLogger(__name__)
+
+TEMPLATES = ("plain", "llama-2-chat", "chat")
+ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+TURN = re.compile(rf"\n\n({'|'.join(ROLES)}):")
+NEXT_TURN = "\nHuman"
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt with its id and where it stands in its file."""
+
+    place: str
+    query_id: str
+    query: str
+
+
+def load_prompts(path: str | Path, data_type: str | None = None) -> list[Prompt]:
+    """Reads the prompts of a file.
+
+    Args:
+        path: `.json`, `.jsonl`, `.gz` of these, or `.parquet`.
+        data_type: `comparison_pair` (the prompt is what stands before `<sep>`) or `reject_sample` (records with a
+            `query`); None: the first record tells.
+
+    Raises:
+        InputError: bad records, or an id that occurs twice: later stages tell prompts apart by their ids.
+    """
+    placed = read_records(path)
+    if data_type == "reject_sample" or (data_type is None and "query" in placed[0][1]):
+        prompts = _parse_queries(path, placed)
+    else:
+        records = load_preference_data(path, "comparison_pair")
+        prompts = [Prompt(place, r.query_id, r.prompts[0]) for (place, _), r in zip(placed, records, strict=True)]
+    first: dict[str, str] = {}
+    problems = []
+    for prompt in prompts:
+        if not prompt.query.strip():
+            problems.append(f"{prompt.place}: found no prompt, expected <prompt>{SEPARATOR}<response>")
+        if prompt.query_id in first:
+            problems.append(
+                f"{prompt.place}: found the id {prompt.query_id}, which {first[prompt.query_id]} has too, "
+                "expected one record a prompt"
+            )
+        first.setdefault(prompt.query_id, prompt.place)
+    raise_bad_records(path, problems)
+    return prompts
+
+
+def _parse_queries(path: str | Path, placed: list[tuple[str, dict[str, Any]]]) -> list[Prompt]:
+    prompts, problems = [], []
+    for index, (place, raw) in enumerate(placed):
+        try:
+            prompts.append(Prompt(place, require_query_id(raw, str(index)), require_text(raw, "query")))
+        except BadField as error:
+            problems.append(f"{place}: {error}")
+    raise_bad_records(path, problems)
+    return prompts
+
+
+def prompts_sha256(prompts: list[Prompt]) -> str:
+    """Identifies the ids and texts of all prompts, whatever the format of their file."""
+    return hashlib.sha256(json.dumps([(p.query_id, p.query) for p in prompts]).encode()).hexdigest()
+
+
+def answered_prompts(prompts: list[Prompt], responses: Mapping[str, list[str]]) -> list[Prompt]:
+    """Returns the prompts that have responses, in order, and names the others, which the server refused.
+
+    Raises:
+        InputError: none has.
+    """
+    refused = [prompt.query_id for prompt in prompts if not responses[prompt.query_id]]
+    if len(refused) == len(prompts):
+        raise InputError(f"the server refused all {len(prompts)} prompts; expected an answer to at least one")
+    if refused:
+        logger.warning("%d prompts refused by the server, left out: %s", len(refused), first_few(refused))
+    return [prompt for prompt in prompts if responses[prompt.query_id]]
+
+
+def chat_messages(query: str) -> list[dict[str, str]]:
+    """Splits a dialogue in the Helpful&Harmless form into the messages of a chat.
+
+    `"\\n\\nHuman: Hi\\n\\nAssistant: Yes?\\n\\nHuman: Why?\\n\\nAssistant:"` has three messages. A text without such
+    turns is one message of the user. Empty turns are left out, and two turns of one role after another become one,
+    because many chat templates accept neither.
+
+    Raises:
+        BadField: the user does not have the last word.
+    """
+    lead, *turns = TURN.split(query)
+    messages: list[dict[str, str]] = []
+    for role, text in [("Human", lead), *zip(turns[::2], turns[1::2], strict=True)]:
+        if not text.strip():
+            continue
+        if messages and messages[-1]["role"] == ROLES[role]:
+            messages[-1]["content"] += f"\n\n{text.strip()}"
+        else:
+            messages.append({"role": ROLES[role], "content": text.strip()})
+    if not messages or messages[-1]["role"] != "user":
+        expected = 'a dialogue whose last words are the user\'s, then "\\n\\nAssistant:" or nothing'
+        raise BadField("query", describe(query[-40:]) + " at the end", expected)
+    return messages
+
+
+def llama_2_chat_text(query: str) -> str:
+    """Returns a dialogue in the format of LLaMA-2-chat, without the `<s>` that every tokenizer puts in front."""
+    text, system = "", ""
+    for message in chat_messages(query):
+        if message["role"] == "system":
+            system = f"<<SYS>>\n{message['content']}\n<</SYS>>\n\n"
+        elif message["role"] == "user":
+            text += f"[INST] {system}{message['content']} [/INST]"
+            system = ""
+        else:
+            text += f" {message['content']} </s><s>"
+    return text
+
+
+def render_prompts(path: str, prompts: list[Prompt], template: str) -> list[str | list[dict[str, str]]]:
+    """Returns what the model reads: text, or for `chat` the messages that its own template is for.
+
+    Raises:
+        InputError: dialogues that make no chat.
+    """
+    render = {"plain": str, "llama-2-chat": llama_2_chat_text, "chat": chat_messages}[template]
+    rendered, problems = [], []
+    for prompt in prompts:
+        try:
+            rendered.append(render(prompt.query))
+        except BadField as error:
+            problems.append(f"{prompt.place}: {error}")
+    raise_bad_records(path, problems)
+    return rendered
+
+
+def next_turns(template: str) -> tuple[str, ...]:
+    """What a model writes when it goes on to play the user."""
+    return (NEXT_TURN, "[INST]") if template == "llama-2-chat" else (NEXT_TURN,)
+
+
+def as_response(text: str, next_turns: tuple[str, ...] = (NEXT_TURN,)) -> str:
+    """Brings a model's text into the form of a response in the data: cut where it goes on to play the user, no white
+    space at the end, one space in front.
+
+    Golden and sampled responses must not differ in this, or a reward model learns the space instead of the content.
+    An empty answer stays empty. Half a surrogate pair, which no file can hold, becomes a question mark.
+    """
+    for next_turn in next_turns:
+        text = text.split(next_turn, maxsplit=1)[0]
+    text = text.encode(errors="replace").decode().strip()
+    return f" {text}" if text else ""
+
+
+def sample_seed(seed: int, query_id: str, sample: int) -> int:
+    """The seed of one response, in [0, 2**31): it depends on nothing but the run's seed, the prompt's id and the
+    number of the sample, so not on order, batches or processes."""
+    key = json.dumps([seed, query_id, sample]).encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:4]) >> 1
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How responses are drawn; the names are those of transformers, and of the flags.
+
+    `temperature` 0 is greedy, `top_k` 0 all tokens, `top_p` 1 and `repetition_penalty` 1 are off.
+    """
+
+    num_samples: int
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    max_new_tokens: int
+
+    def check(self) -> None:
+        """Refuses values that cannot work.
+
+        Raises:
+            InputError: with flag, value and what is expected.
+        """
+        for name, is_right, expected in (
+            ("num_samples", self.num_samples >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
+            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0 (1 is none)"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+        ):
+            if not is_right:
+                raise InputError(f"--{name} {getattr(self, name)}: expected {expected}")
+        if self.temperature == 0 and self.num_samples > 1:
+            raise InputError(
+                f"--temperature 0 --num_samples {self.num_samples}: expected 1, they would all be the same"
+            )
+
+
+# ------------------------------------------------------------------------------------------------ keeping
+
+
+class ResponseStore:
+    """The responses that are there already, on disk, so that a run that was killed at any moment goes on.
+
+    Every process appends to a file of its own, `<result>.<fingerprint>.rank<i>.partial.jsonl`, one line a prompt:
+    `[query_id, [response, ...]]`. The fingerprint stands for all that the responses depend on, so that those of other
+    settings never mix. The result comes with `<result>.settings.json`, and the partial files go.
+    """
+
+    def __init__(self, result_path: Path, settings: Mapping[str, Any], rank: int = 0) -> None:
+        self.result_path = result_path
+        self.settings = dict(settings)
+        self.settings_path = result_path.with_suffix(".settings.json")
+        self.fingerprint = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
+        self._own_path = result_path.with_suffix(f".{self.fingerprint}.rank{rank}.partial.jsonl")
+        self._file: Any = None
+
+    def _partial_paths(self, fingerprint: str) -> list[Path]:
+        name = f"{glob.escape(self.result_path.stem)}.{fingerprint}.rank*.partial.jsonl"
+        return sorted(self.result_path.parent.glob(name))
+
+    def load(self) -> dict[str, list[str]]:
+        """Reads what all processes of this and of earlier runs have, by query id; a line that a kill has torn is not
+        there."""
+        responses: dict[str, list[str]] = {}
+        for path in self._partial_paths(self.fingerprint):
+            try:
+                lines = path.read_bytes().split(b"\n")
+            except FileNotFoundError:  # another process has written the result in the meantime
+                continue
+            for line in lines:
+                try:
+                    query_id, texts = json.loads(line)
+                except ValueError:
+                    continue
+                responses[query_id] = texts
+        return responses
+
+    def is_finished(self) -> bool:
+        """Whether the result of these settings is there. Ask it after `load`: the partial files go last."""
+        if not (self.result_path.is_file() and self.settings_path.is_file()):
+            return False
+        try:
+            recorded = json.loads(self.settings_path.read_text(encoding="utf-8"))
+        except ValueError:
+            return False
+        return recorded == self._record()
+
+    def log_state(self, num_done: int, num_prompts: int) -> None:
+        """Says what an earlier run has left."""
+        if num_done:
+            logger.info("%d of %d prompts were answered before", num_done, num_prompts)
+        others = set(self._partial_paths("*")) - set(self._partial_paths(self.fingerprint))
+        if others:
+            logger.info("left alone, for they are of other settings: %s", first_few(sorted(p.name for p in others)))
+
+    def append(self, query_id: str, responses: list[str]) -> None:
+        """Keeps the responses to a prompt; none: the server refused the prompt."""
+        if self._file is None:
+            self.result_path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._own_path, "ab")  # noqa: SIM115  stays open from prompt to prompt
+            self._file.write(b"\n" * (self._file.tell() > 0))  # ends a torn line
+        self._file.write(json.dumps([query_id, responses]).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes this process's file; only then do processes on other machines see all of it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def finish(self, records: list[dict[str, Any]]) -> None:
+        """Writes the result, then its settings, then deletes the partial files. Two processes may both do so."""
+        self.close()
+        write_json(self.result_path, records)
+        write_json(self.settings_path, self._record())
+        for path in self._partial_paths(self.fingerprint):
+            path.unlink(missing_ok=True)
+
+    def _record(self) -> dict[str, Any]:
+        return {**self.settings, "result_sha256": sha256_of_file(self.result_path)}

@@ -1,0 +1,148 @@
+"""Golden answers from a server: complete, counted, paid for once."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from completion_server import running
+from conftest import REPO_ROOT, command_line, pair, read_json, write_records
+
+from tools import annotate_golden
+from tools.annotate_golden import describe_cost, estimate_prompt_tokens
+from tools.apo_data_converter import convert, read_golden, read_samples
+
+PROMPTS = [f"\n\nHuman: What is {i}?\n\nAssistant:" for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def one_server(base_llama):
+    with running(base_llama) as server:
+        yield server
+
+
+@pytest.fixture
+def server(one_server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    return one_server.reset()
+
+
+@pytest.fixture
+def annotate(monkeypatch, tmp_path, server):
+    """Runs the tool in this process and returns the path of its result."""
+    data = write_records(tmp_path / "p.json", [pair(q, query_id=str(i)) for i, q in enumerate(PROMPTS)])
+
+    def run(name: str = "g.json", **changes: object) -> Path:
+        options = {"model": "m", "data_path": data, "output_path": tmp_path / name, "base_url": server.base_url}
+        options |= {"concurrency": 2, "max_new_tokens": 4, "seed": 1, **changes}
+        monkeypatch.setattr(sys, "argv", ["annotate_golden.py", *command_line(**options)])
+        annotate_golden.main()
+        return tmp_path / name
+
+    return run
+
+
+def test_the_converter_reads_the_result(annotate, server, tmp_path, capsys):
+    path = annotate()
+    golden = read_json(path)
+    assert [list(record) for record in golden] == [["query_id", "query", "golden"]] * 5
+    assert [record["query"] for record in golden] == PROMPTS
+    assert all(record["golden"] == f" {record['golden'].strip()}" for record in golden)
+    assert f"{path}: 5 golden answers, 0 of them empty\n" == capsys.readouterr().out
+    samples = [{"query_id": str(i), "query": q, "sample_0": " No idea at all."} for i, q in enumerate(PROMPTS)]
+    pairs = convert(read_golden(path), read_samples(write_records(tmp_path / "s.json", samples)))
+    assert pairs.num_pairs == 5
+    assert sorted(file.name for file in tmp_path.glob("g.*")) == ["g.json", "g.settings.json"]
+
+
+def test_requests_hold_what_was_asked_for(annotate, server):
+    annotate(system_prompt="Be kind.", seed=None)
+    assert set(server.requests[0]["body"]) == {"model", "messages", "max_completion_tokens"}
+    roles = [message["role"] for message in server.requests[0]["body"]["messages"]]
+    assert roles == ["system", "user"]
+    server.requests = []
+    annotate("h.json", temperature=0.5)
+    assert set(server.requests[0]["body"]) == {"model", "messages", "max_completion_tokens", "temperature", "seed"}
+
+
+def test_failures_change_nothing_and_are_counted(annotate, server, caplog):
+    caplog.set_level("INFO")
+    expected = annotate("calm.json").read_bytes()
+    server.requests, server.failures = [], ["429 1", "500", "cut", "", "half"]
+    assert annotate("stormy.json").read_bytes() == expected
+    assert len(server.answered()) == 5
+    assert "5 answers, 4 requests repeated, 35 prompt tokens and 15 completion tokens" in caplog.text
+    assert "5 answers break off at --max_new_tokens 4" in caplog.text
+
+
+def test_a_broken_run_pays_for_no_answer_twice(annotate, server, capsys):
+    expected = annotate("calm.json").read_bytes()
+    server.requests, server.failures = [], ["", "", ""] + ["401"] * 9
+    with pytest.raises(SystemExit) as ended:
+        annotate()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "error: " in error and "expected OPENAI_API_KEY to hold a key" in error and "very-secret" not in error
+    paid = [body["messages"] for body in server.answered()]
+    server.requests, server.failures = [], []
+    assert annotate().read_bytes() == expected
+    again = [body["messages"] for body in server.answered()]
+    assert len(paid) == 3 and len(again) == 2 and not [messages for messages in again if messages in paid]
+    server.requests = []
+    assert annotate().read_bytes() == expected and server.requests == []
+
+
+def test_a_changed_question_is_asked_anew(annotate, server):
+    annotate()
+    server.requests = []
+    annotate(system_prompt="Be kind.")
+    assert len(server.requests) == 5
+
+
+def test_the_estimate_comes_before_the_first_request(annotate, server, caplog, tmp_path):
+    """Each prompt "What is 0?" is 10 characters: 3 tokens, and 4 for the message; 5 x 7 = 35 in, 5 x 4 = 20 out; at
+    2 and 10 a million: 0.00007 + 0.0002."""
+    caplog.set_level("INFO")
+    annotate(dry_run=[], price_per_million_input=2, price_per_million_output=10)
+    expected = "5 prompts to ask, at most about 35 prompt tokens and 20 completion tokens: 0.00 at the given prices"
+    assert expected in caplog.text
+    assert server.requests == [] and list(tmp_path.glob("g*")) == []
+
+
+def test_estimate_and_cost_by_hand():
+    """5 characters are 2 tokens; with 4 for each of two messages, and 1 for 4 characters: 2 + 4 + 1 + 4 = 11."""
+    dialogue = [{"role": "system", "content": "12345"}, {"role": "user", "content": "1234"}]
+    assert estimate_prompt_tokens([dialogue]) == 11
+    cost = describe_cost(2_000_000, 1_000, (2.5, 10.0))
+    assert cost == "2,000,000 prompt tokens and 1,000 completion tokens: 5.01 at the given prices"
+    assert describe_cost(1, 2, None) == "1 prompt tokens and 2 completion tokens"
+
+
+def test_refused_prompts_can_be_left_out(annotate, server, caplog):
+    server.refused_text = "What is 3"
+    golden = read_json(annotate(skip_refused=[]))
+    assert [record["query_id"] for record in golden] == ["0", "1", "2", "4"]
+    assert "1 prompts refused by the server, left out: 3" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"price_per_million_input": 1}, "--price_per_million_output together, found one"),
+        ({"max_new_tokens": 0}, "--max_new_tokens 0: expected at least 1"),
+        ({"name": "g.jsonl"}, "expected a name that ends in .json"),
+        ({"data_path": "absent.json"}, "absent.json: no such file"),
+        ({"concurrency": 0}, "--concurrency 0"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(annotate, changes, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        annotate(**changes)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+def test_help_shows_an_example():
+    command = [sys.executable, str(REPO_ROOT / "tools" / "annotate_golden.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "python tools/annotate_golden.py --model gpt-4o --dry_run" in done.stdout

@@ -1,0 +1,196 @@
+"""Seeded sampling: each response from its own random stream, whatever stands beside it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import load_model, make_bpe_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_sampling import (
+    KeyedNoise,
+    UserTurn,
+    check_positions,
+    form_batches,
+    generate,
+    load_llm,
+    load_tokenizer,
+    model_version,
+    sample_batches,
+    sampling_steps,
+    tokenize,
+)
+from preference_records import InputError
+from responses import Decoding, Prompt
+
+DECODING = Decoding(num_samples=1, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=8)
+QUERIES = [
+    "Why?",
+    "How do bees find their way home in the rain?",
+    "What is it?",
+    "Tell me more about the sea, please.",
+]
+MARKERS = ("\nHuman",)
+
+
+@pytest.fixture(scope="module")
+def llm(base_llama):
+    tokenizer = load_tokenizer(str(base_llama), "plain")
+    return load_llm(str(base_llama), "float32", tokenizer), tokenizer
+
+
+def test_noise_makes_the_argmax_a_draw():
+    """Probabilities 0.5, 0.3, 0.2, none: of 4,000 draws 2000, 1200, 800, 0, give or take four standard deviations."""
+    logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log().expand(4000, 4)
+    draws = KeyedNoise(list(range(4000)), torch.device("cpu"))(None, logits).argmax(-1)
+    counts = torch.bincount(draws, minlength=4)
+    assert abs(counts[0] - 2000) < 130 and abs(counts[1] - 1200) < 120 and counts[3] == 0
+
+
+def test_noise_of_a_row_depends_on_its_seed_and_step_only():
+    logits = torch.zeros(3, 50)
+    steps = KeyedNoise([1, 2, 1], torch.device("cpu"))
+    first, second = steps(None, logits), steps(None, logits)
+    assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
+    assert not torch.equal(first, second)
+    assert torch.equal(KeyedNoise([2], torch.device("cpu"))(None, logits[:1]), first[1:2])
+
+
+def test_steps_come_in_the_order_of_transformers():
+    names = [type(step).__name__ for step in sampling_steps(replace(DECODING, top_k=5, top_p=0.9), [1], "cpu")]
+    assert names == ["TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "KeyedNoise"]
+    assert len(sampling_steps(replace(DECODING, temperature=0, top_k=5), [1], "cpu")) == 0
+    assert len(sampling_steps(replace(DECODING, repetition_penalty=1.1), [1], "cpu")) == 3
+
+
+@pytest.mark.parametrize("change", [{}, {"repetition_penalty": 1.5, "top_k": 20, "top_p": 0.9}])
+def test_a_response_does_not_depend_on_its_batch(llm, change):
+    """Not on the rows beside it, the padding they bring, or its place; the penalty does not see the padding."""
+    token_ids = tokenize(llm[1], QUERIES, "plain", 64)
+    options = {"decoding": replace(DECODING, **change), "markers": MARKERS}
+    alone = [generate(*llm, [ids], [seed], **options)[0] for seed, ids in enumerate(token_ids)]
+    assert generate(*llm, token_ids, [0, 1, 2, 3], **options) == alone
+    assert generate(*llm, token_ids[::-1], [3, 2, 1, 0], **options) == alone[::-1]
+    assert len(set(alone)) == 4
+
+
+def test_seeds_make_responses_and_the_global_state_does_not(llm):
+    ids = tokenize(llm[1], QUERIES[:1], "plain", 64)
+    options = {"decoding": DECODING, "markers": MARKERS}
+    torch.manual_seed(1)
+    first = generate(*llm, ids * 3, [1, 2, 1], **options)
+    torch.manual_seed(2)
+    assert generate(*llm, ids * 3, [1, 2, 1], **options) == first
+    assert first[0] == first[2] != first[1]
+    assert generate(*llm, ids, [1, 2, 1], **options | {"decoding": replace(DECODING, num_samples=3)}) == first
+
+
+def test_temperature_0_is_greedy(llm):
+    ids = tokenize(llm[1], QUERIES[:1], "plain", 64)
+    greedy = llm[0].generate(torch.tensor(ids), max_new_tokens=8)[0, len(ids[0]) :]
+    options = {"decoding": replace(DECODING, temperature=0), "markers": MARKERS}
+    assert generate(*llm, ids, [1], **options) == [llm[1].decode(greedy, skip_special_tokens=True)]
+    options["decoding"] = replace(DECODING, top_k=1)
+    assert generate(*llm, ids, [1], **options) == [llm[1].decode(greedy, skip_special_tokens=True)]
+
+
+def test_decoding_is_not_left_to_the_checkpoint(base_llama, llm, tmp_path):
+    """A generation_config.json that samples coldly and penalises, as chat models ship, changes nothing but eos."""
+    model = AutoModelForCausalLM.from_pretrained(base_llama)
+    model.generation_config.update(
+        do_sample=True, temperature=0.1, top_k=1, repetition_penalty=9.0, eos_token_id=[2, 5]
+    )
+    model.save_pretrained(tmp_path)
+    llm[1].save_pretrained(tmp_path)
+    loaded = load_llm(str(tmp_path), "float32", llm[1])
+    assert loaded.generation_config.eos_token_id == [2, 5] and loaded.generation_config.pad_token_id == 2
+    ids = tokenize(llm[1], QUERIES, "plain", 64)
+    options = {"decoding": replace(DECODING, max_new_tokens=4), "markers": MARKERS}
+    assert generate(loaded, llm[1], ids, [0, 1, 2, 3], **options) == generate(*llm, ids, [0, 1, 2, 3], **options)
+
+
+def test_a_prompt_of_one_token_is_answered(llm):
+    assert len(generate(*llm, [[1], [1]], [1, 2], decoding=DECODING, markers=MARKERS)) == 2
+
+
+def test_a_row_that_plays_the_user_is_stopped(llm):
+    """Two rows: the prompt's own turns do not count, nor does half a marker."""
+    tokenizer = llm[1]
+    prompt = tokenizer("a\nHuman b", add_special_tokens=False).input_ids
+    new = [tokenizer(text, add_special_tokens=False).input_ids for text in ("a b c\n\nHuman", "a b c d e\n\nHum")]
+    rows = [prompt + ids[-6:] if len(ids) >= 6 else None for ids in new]
+    assert None not in rows
+    stop = UserTurn(tokenizer, len(prompt), MARKERS)
+    assert stop(torch.tensor(rows), None).tolist() == [True, False]
+    assert stop(torch.tensor(rows)[:, : len(prompt)], None).tolist() == [False, False]
+
+
+def test_samples_of_a_prompt_stay_together(llm):
+    prompts = [Prompt("", str(i), query) for i, query in enumerate(QUERIES)]
+    token_ids = tokenize(llm[1], QUERIES, "plain", 64)
+    options = {"decoding": replace(DECODING, num_samples=2), "seed": 1, "markers": MARKERS}
+    together = {p.query_id: t for p, t in sample_batches(*llm, prompts, token_ids, [[3, 1], [0, 2]], **options)}
+    apart = {p.query_id: t for p, t in sample_batches(*llm, prompts, token_ids, [[0], [1], [2], [3]], **options)}
+    assert together == apart and list(together) == ["3", "1", "0", "2"]
+    assert all(len(set(texts)) == 2 for texts in together.values())
+
+
+def test_batches_are_of_similar_length_and_hold_everything_once():
+    lengths = [3, 9, 1, 9, 4]
+    assert form_batches([[0] * n for n in lengths], 2) == [[1, 3], [4, 0], [2]]
+
+
+def test_long_prompts_lose_their_front_and_keep_bos(llm, caplog):
+    [whole] = tokenize(llm[1], QUERIES[1:2], "plain", 64)
+    [cut] = tokenize(llm[1], QUERIES[1:2], "plain", 5)
+    assert cut == [llm[1].bos_token_id, *whole[-4:]]
+    assert "1 of 1 prompts cut in front to 5 tokens" in caplog.text
+    assert tokenize(llm[1], QUERIES[1:2], "plain", len(whole)) == [whole]
+
+
+def test_chat_template_is_the_tokenizers_own():
+    tokenizer = make_bpe_tokenizer(["<|bos|>", "<|eos|>"])
+    tokenizer.chat_template = "<|bos|>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}" + (
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    [ids] = tokenize(tokenizer, [[{"role": "user", "content": "Why?"}]], "chat", 64)
+    assert tokenizer.decode(ids) == "<|bos|>[user]Why?[assistant]" and ids.count(tokenizer.bos_token_id) == 1
+    tokenizer.chat_template = "{{ raise_exception('no system message') }}"
+    with pytest.raises(InputError, match=r"chat template refuses a prompt \(no system message\)"):
+        tokenize(tokenizer, [[{"role": "system", "content": "Be kind."}]], "chat", 64)
+
+
+def test_llama_2_chat_turns_hold_bos_and_eos(base_llama):
+    tokenizer = AutoTokenizer.from_pretrained(base_llama)
+    [ids] = tokenize(tokenizer, ["[INST] a [/INST] b </s><s>[INST] c [/INST]"], "llama-2-chat", 64)
+    assert ids[0] == 1 and ids.count(1) == 2 and ids.count(2) == 1
+
+
+def test_a_model_without_chat_template_says_so(base_llama):
+    with pytest.raises(InputError, match="found no chat template in the tokenizer; --prompt_template plain"):
+        load_tokenizer(str(base_llama), "chat")
+
+
+def test_a_reward_model_is_no_llm(base_llama, llm, tmp_path):
+    model, _ = load_model(base_llama)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"lacks weights \(lm_head.weight\); expected a complete language model"):
+        load_llm(str(tmp_path), "float32", llm[1])
+
+
+def test_prompts_must_leave_room_for_the_answer():
+    check_positions([[0] * 5], 3, 8)
+    with pytest.raises(
+        InputError, match=r"longest prompt has 6 tokens .*8 positions; expected --max_length 5 or less"
+    ):
+        check_positions([[0] * 5, [0] * 6], 3, 8)
+
+
+def test_model_version_changes_with_the_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    version = model_version(str(tmp_path), None)
+    (tmp_path / "results.json").write_text("[]")
+    assert version == model_version(str(tmp_path), None)
+    (tmp_path / "model.safetensors").write_bytes(b"three")
+    assert model_version(str(tmp_path), None) != version
+    assert model_version("name/on-the-hub", "abc") == "abc"

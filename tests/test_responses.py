@@ -1,0 +1,239 @@
+"""Prompts, dialogue forms, and the store that survives a kill."""
+
+import gzip
+import json
+from dataclasses import replace
+
+import pytest
+from conftest import pair, read_json, write_records
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preference_records import BadField, InputError
+from responses import (
+    Decoding,
+    Prompt,
+    ResponseStore,
+    answered_prompts,
+    as_response,
+    chat_messages,
+    llama_2_chat_text,
+    load_prompts,
+    prompts_sha256,
+    render_prompts,
+    sample_seed,
+)
+
+DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:"
+
+
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def test_prompts_of_pairs_and_of_queries_are_the_same(tmp_path):
+    pairs = [pair("A?", query_id="a"), pair("B?", query_id="b")]
+    queries = [{"query_id": "a", "query": "A?"}, {"query_id": "b", "query": "B?"}]
+    expected = [Prompt("record 1", "a", "A?"), Prompt("record 2", "b", "B?")]
+    assert load_prompts(write_records(tmp_path / "pairs.json", pairs)) == expected
+    assert load_prompts(write_records(tmp_path / "queries.json", queries)) == expected
+    assert load_prompts(write_records(tmp_path / "queries.json", queries), "reject_sample") == expected
+
+
+def test_json_lines_and_gzip_are_read_and_are_the_same_prompts(tmp_path):
+    queries = [{"query": "A?"}, {"query": "B?"}]
+    lines = "".join(json.dumps(query) + "\n" for query in queries)
+    (tmp_path / "q.jsonl").write_text(lines)
+    (tmp_path / "q.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "q.json.gz").write_bytes(gzip.compress(json.dumps(queries).encode()))
+    write_records(tmp_path / "q.json", queries)
+    files = [load_prompts(tmp_path / name) for name in ("q.json", "q.jsonl", "q.jsonl.gz", "q.json.gz")]
+    assert [[(p.query_id, p.query) for p in prompts] for prompts in files] == [[("0", "A?"), ("1", "B?")]] * 4
+    assert len({prompts_sha256(prompts) for prompts in files}) == 1
+    assert files[1][1].place == "line 2"
+
+
+@pytest.mark.parametrize(
+    ("records", "data_type", "message"),
+    [
+        ([{"query": "A?"}, {"query": 1}], None, r'p.json: record 2: field "query": found the number 1'),
+        ([pair(), {"text": ["a"], "scores": [1]}], None, r"p.json: record 2: .*at least two"),
+        ([pair()], "reject_sample", r'record 1: field "query": found no such field'),
+        ([{"query": "A?", "query_id": 1}, {"query": "B?", "query_id": "1"}], None, r"record 2: .*which record 1 has"),
+        (
+            [{"text": ["a", "b"], "scores": [1, 0]}],
+            None,
+            r"record 1: found no prompt, expected <prompt><sep><response>",
+        ),
+    ],
+)
+def test_wrong_records_are_named(records, data_type, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        load_prompts(write_records(tmp_path / "p.json", records), data_type)
+
+
+def test_dialogue_becomes_messages():
+    assert chat_messages(DIALOGUE) == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Why?"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("Why?", [("user", "Why?")]),
+        ("\n\nHuman: Why?", [("user", "Why?")]),
+        ("Why?\n\nAssistant:", [("user", "Why?")]),
+        ("\n\nSystem: Be kind.\n\nHuman: Why?\n\nAssistant:", [("system", "Be kind."), ("user", "Why?")]),
+        ("\n\nHuman: a\n\nHuman: b\n\nAssistant:", [("user", "a\n\nb")]),
+        ("\n\nHuman: a\n\nAssistant:\n\nHuman: b\n\nAssistant:", [("user", "a\n\nb")]),
+        ("\n\nHuman: a\n\nb\n\nAssistant:", [("user", "a\n\nb")]),
+    ],
+)
+def test_odd_dialogues_alternate_all_the_same(query, expected):
+    assert [(m["role"], m["content"]) for m in chat_messages(query)] == expected
+
+
+@pytest.mark.parametrize("query", ["\n\nHuman: a\n\nAssistant: Sure, ", "\n\nAssistant:", "\n\nHuman:"])
+def test_dialogue_must_end_with_the_user(query):
+    with pytest.raises(BadField, match="a dialogue whose last words are the user's"):
+        chat_messages(query)
+
+
+def test_llama_2_chat_format():
+    assert llama_2_chat_text(DIALOGUE) == "[INST] Hi [/INST] Yes? </s><s>[INST] Why? [/INST]"
+    with_system = llama_2_chat_text("\n\nSystem: Be kind." + DIALOGUE)
+    assert with_system.startswith("[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nHi [/INST] Yes?")
+
+
+def test_rendering_names_file_and_record():
+    prompts = [Prompt("record 1", "a", DIALOGUE), Prompt("line 7", "b", "\n\nHuman: a\n\nAssistant: b")]
+    assert render_prompts("f.json", prompts, "plain") == [prompt.query for prompt in prompts]
+    with pytest.raises(InputError, match=r'f.json: line 7: field "query": found the string .* at the end'):
+        render_prompts("f.json", prompts, "chat")
+
+
+@pytest.mark.parametrize(
+    ("text", "response"),
+    [
+        ("Because.", " Because."),
+        ("  Because. \n", " Because."),
+        (" Because.\n\nHuman: And?", " Because."),
+        ("\n\nHuman: And?", ""),
+        ("Human beings are.", " Human beings are."),
+        ("", ""),
+        ("a \ud83d", " a ?"),
+    ],
+)
+def test_response_has_the_form_of_the_data(text, response):
+    assert as_response(text) == response
+
+
+def test_seed_of_a_response_depends_on_all_three():
+    seeds = {sample_seed(seed, query_id, n) for seed in (1, 2) for query_id in ("1", "11") for n in (1, 11)}
+    assert len(seeds) == 8 and all(0 <= seed < 2**31 for seed in seeds)
+    assert sample_seed(42, "a", 0) == sample_seed(42, "a", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_samples": 0}, "--num_samples 0: expected at least 1"),
+        ({"temperature": -1.0}, "--temperature -1.0"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"temperature": 0.0}, "--temperature 0 --num_samples 4: expected 1"),
+        ({"top_p": 0.0}, "--top_p 0.0: expected more than 0"),
+        ({"top_k": -1}, "--top_k -1"),
+        ({"repetition_penalty": 0.0}, "--repetition_penalty 0.0"),
+        ({"max_new_tokens": 0}, "--max_new_tokens 0"),
+    ],
+)
+def test_decoding_that_cannot_work_is_refused(change, message):
+    decoding = Decoding(4, 1.0, 0, 1.0, 1.0, 8)
+    decoding.check()
+    with pytest.raises(InputError, match=message):
+        replace(decoding, **change).check()
+
+
+# ------------------------------------------------------------------------------------------------ the store
+
+
+SETTINGS = {"seed": 1}
+RESPONSES = {"a": [" é", " two\nlines"], "b": ["", " x"], "c": []}
+
+
+def filled(folder, settings=SETTINGS, rank=0, responses=RESPONSES) -> ResponseStore:
+    store = ResponseStore(folder / "x_results.json", settings, rank)
+    for query_id, texts in responses.items():
+        store.append(query_id, texts)
+    store.close()
+    return store
+
+
+def partial_files(folder) -> list:
+    return sorted(folder.glob("*.partial.jsonl"))
+
+
+def test_store_gives_back_what_all_processes_and_runs_kept(tmp_path):
+    filled(tmp_path)
+    filled(tmp_path, rank=1, responses={"d": [" d"]})
+    filled(tmp_path, responses={"e": [" e"]})
+    assert ResponseStore(tmp_path / "x_results.json", SETTINGS, 5).load() == RESPONSES | {"d": [" d"], "e": [" e"]}
+
+
+def test_other_settings_never_mix_and_are_named(tmp_path, caplog):
+    filled(tmp_path)
+    other = ResponseStore(tmp_path / "x_results.json", {"seed": 2})
+    assert other.load() == {}
+    with caplog.at_level("INFO"):
+        other.log_state(0, 3)
+    assert partial_files(tmp_path)[0].name in caplog.text
+
+
+@given(st.integers(min_value=0))
+def test_a_torn_file_loses_its_last_line_at_most(tmp_path_factory, cut):
+    """Cut anywhere, as by a kill in the middle of writing: what is left is read, and what is added later as well."""
+    folder = tmp_path_factory.mktemp("store")
+    store = filled(folder)
+    path = partial_files(folder)[0]
+    data = path.read_bytes()
+    data = data[: len(data) - cut % len(data)]
+    path.write_bytes(data)
+    left = store.load()
+    assert len(left) >= data.count(b"\n") and left == {key: RESPONSES[key] for key in left}
+    filled(folder, responses={key: texts for key, texts in RESPONSES.items() if key not in left})
+    assert store.load() == RESPONSES
+
+
+def test_finish_leaves_result_and_settings_only(tmp_path):
+    store = filled(tmp_path)
+    assert not store.is_finished()
+    store.finish([{"query_id": "a"}])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x_results.json", "x_results.settings.json"]
+    assert read_json(tmp_path / "x_results.json") == [{"query_id": "a"}]
+    assert store.is_finished()
+    assert not ResponseStore(tmp_path / "x_results.json", {"seed": 2}).is_finished()
+
+
+@pytest.mark.parametrize("name", ["x_results.json", "x_results.settings.json"])
+def test_a_result_that_was_changed_is_not_finished(tmp_path, name):
+    store = filled(tmp_path)
+    store.finish([{"query_id": "a"}])
+    (tmp_path / name).write_text("[]")
+    assert not store.is_finished()
+
+
+def test_two_processes_may_finish(tmp_path):
+    first, second = filled(tmp_path), filled(tmp_path, rank=1)
+    first.finish([])
+    second.finish([])
+    assert second.load() == {} and second.is_finished()
+
+
+def test_refused_prompts_are_left_out_and_named(caplog):
+    prompts = [Prompt("", "a", "A"), Prompt("", "b", "B")]
+    assert answered_prompts(prompts, {"a": [" x"], "b": []}) == prompts[:1]
+    assert "1 prompts refused by the server, left out: b" in caplog.text
+    with pytest.raises(InputError, match="refused all 2 prompts"):
+        answered_prompts(prompts, {"a": [], "b": []})

@@ -1,0 +1,190 @@
+"""Golden answers to the prompts of a file, from a strong model behind an OpenAI-compatible server.
+
+    python tools/annotate_golden.py --model gpt-4o --data_path data/sample/rm_data/hh_split_rm.train.json \\
+        --price_per_million_input 2.5 --price_per_million_output 10 --output_path outputs/hh_split_rm.golden.json
+
+writes what `tools/apo_data_converter.py --golden_data_path` reads, in the order of the data:
+
+    {"query_id": "...", "query": "<prompt>", "golden": " <response>"}
+
+What it may cost is said before the first request; `--dry_run` says no more than that. A run that breaks off goes on
+where it was when it is started again: no answer is paid for twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from completion_client import Completion, CompletionClient, add_server_flags, check_server_flags, complete_all
+from preference_records import DATA_TYPES, InputError, exit_on_input_error
+from responses import (
+    Prompt,
+    ResponseStore,
+    answered_prompts,
+    as_response,
+    load_prompts,
+    prompts_sha256,
+    render_prompts,
+    sample_seed,
+)
+
+logger = logging.getLogger("annotate_golden")
+
+CHARACTERS_PER_TOKEN = 4  # English text, roughly
+TOKENS_PER_MESSAGE = 4  # role and delimiters
+Messages = list[dict[str, str]]
+
+
+def estimate_prompt_tokens(dialogues: Iterable[Messages]) -> int:
+    """Estimates the prompt tokens of chats: a token for four characters, and four for each message."""
+    messages = [message for dialogue in dialogues for message in dialogue]
+    return sum(math.ceil(len(m["content"]) / CHARACTERS_PER_TOKEN) + TOKENS_PER_MESSAGE for m in messages)
+
+
+def describe_cost(prompt_tokens: int, completion_tokens: int, prices: tuple[float, float] | None) -> str:
+    """Puts token counts, and what they cost at (input, output) prices per million, into words."""
+    words = f"{prompt_tokens:,} prompt tokens and {completion_tokens:,} completion tokens"
+    if prices is None:
+        return words
+    return f"{words}: {(prompt_tokens * prices[0] + completion_tokens * prices[1]) / 1e6:,.2f} at the given prices"
+
+
+def make_requests(
+    prompts: Iterable[tuple[Prompt, Messages]],
+    *,
+    model: str,
+    temperature: float | None,
+    max_new_tokens: int,
+    seed: int | None,
+) -> dict[Prompt, list[dict[str, Any]]]:
+    """Returns one chat request for each prompt; what is None is left to the server."""
+    common: dict[str, Any] = {"model": model, "max_completion_tokens": max_new_tokens}
+    if temperature is not None:
+        common["temperature"] = temperature
+    requests = {}
+    for prompt, messages in prompts:
+        seeded = {} if seed is None else {"seed": sample_seed(seed, prompt.query_id, 0)}
+        requests[prompt] = [{**common, **seeded, "messages": messages}]
+    return requests
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Golden answers to the prompts of a file, from a strong model behind an OpenAI-compatible server.",
+        epilog="example:\n"
+        "  OPENAI_API_KEY=... python tools/annotate_golden.py --model gpt-4o --dry_run \\\n"
+        "      --data_path data/sample/rm_data/hh_split_rm.train.json \\\n"
+        "      --price_per_million_input 2.5 --price_per_million_output 10 \\\n"
+        "      --output_path outputs/golden/hh_split_rm.golden.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="name of the model on the server")
+    add("--data_path", required=True, help="prompts: text-scores records, or records with a query")
+    add("--data_type", choices=DATA_TYPES, help="reject_sample: records with a query (default: as the first record)")
+    add("--output_path", type=Path, required=True, help="the file to write, a JSON list")
+    add("--system_prompt", help="first message of every chat: how to answer")
+    add("--temperature", type=float, help="(default: the server's; some models take no other)")
+    add("--max_new_tokens", type=int, default=512, help="longest answer (default: 512)")
+    add("--seed", type=int, help="the server gets one for each answer, and may ignore it (default: none)")
+    add("--price_per_million_input", type=float, help="price of a million prompt tokens, in any currency")
+    add("--price_per_million_output", type=float, help="price of a million completion tokens")
+    add("--dry_run", action="store_true", help="estimate the cost, ask nothing")
+    add_server_flags(parser)
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> tuple[float, float] | None:
+    """Refuses values that cannot work, and returns the prices of input and output.
+
+    Raises:
+        InputError: with flag, value and what is expected.
+    """
+    prices = args.price_per_million_input, args.price_per_million_output
+    if (prices[0] is None) != (prices[1] is None):
+        raise InputError("expected --price_per_million_input and --price_per_million_output together, found one")
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max_new_tokens {args.max_new_tokens}: expected at least 1")
+    if args.output_path.suffix != ".json":
+        raise InputError(f"--output_path {args.output_path}: expected a name that ends in .json")
+    if not args.dry_run:
+        check_server_flags(args)
+    return None if None in prices else prices
+
+
+def log_use(received: list[Completion], max_new_tokens: int, prices: tuple[float, float] | None) -> None:
+    """Says what this start of the run has used, by the server's own count."""
+    used = sum(c.prompt_tokens for c in received), sum(c.completion_tokens for c in received)
+    num_retries = sum(c.num_retries for c in received)
+    logger.info("%d answers, %d requests repeated, %s", len(received), num_retries, describe_cost(*used, prices))
+    num_cut = sum(c.is_cut for c in received)
+    if num_cut:
+        logger.warning("%d answers break off at --max_new_tokens %d", num_cut, max_new_tokens)
+
+
+@exit_on_input_error
+def main() -> None:
+    """Reads the prompts, says what they may cost, asks for answers that are not there yet, writes the file."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    args = parse_args()
+    prices = check(args)
+    prompts = load_prompts(args.data_path, args.data_type)
+    system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
+    dialogues = [system + messages for messages in render_prompts(args.data_path, prompts, "chat")]
+
+    # ---- what is there already
+    names = ("model", "system_prompt", "temperature", "max_new_tokens", "seed")
+    settings = {name: getattr(args, name) for name in names} | {"prompts_sha256": prompts_sha256(prompts)}
+    store = ResponseStore(args.output_path, settings)
+    done = store.load()
+    if store.is_finished():
+        print(f"{args.output_path}: there already, with these settings; delete it to ask again")
+        return
+    store.log_state(len(done), len(prompts))
+
+    # ---- what the rest may cost
+    todo = [(prompt, d) for prompt, d in zip(prompts, dialogues, strict=True) if prompt.query_id not in done]
+    estimate = estimate_prompt_tokens(d for _, d in todo), len(todo) * args.max_new_tokens
+    logger.info("%d prompts to ask, at most about %s", len(todo), describe_cost(*estimate, prices))
+    if args.dry_run:
+        return
+
+    # ---- asking
+    requests = make_requests(
+        todo, model=args.model, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed
+    )
+    client = CompletionClient(args.base_url, timeout=args.timeout, max_retries=args.max_retries)
+    answers = complete_all(client, requests, concurrency=args.concurrency, skip_refused=args.skip_refused)
+    received: list[Completion] = []
+    try:
+        with tqdm(total=len(prompts), initial=len(done), unit="prompt") as progress:
+            for prompt, completions in answers:
+                store.append(prompt.query_id, [as_response(completion.text) for completion in completions])
+                received += completions
+                progress.update()
+    finally:
+        log_use(received, args.max_new_tokens, prices)
+
+    # ---- the result
+    responses = store.load()
+    golden = [
+        {"query_id": prompt.query_id, "query": prompt.query, "golden": responses[prompt.query_id][0]}
+        for prompt in answered_prompts(prompts, responses)
+    ]
+    store.finish(golden)
+    num_empty = sum(not record["golden"] for record in golden)
+    print(f"{args.output_path}: {len(golden)} golden answers, {num_empty} of them empty")
+
+
+if __name__ == "__main__":
+    main()

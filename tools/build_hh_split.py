@@ -1,0 +1,359 @@
+"""Builds the hh-split layout (data/README.md) from Anthropic's hh-rlhf: RM, LLM, validation and test, by prompt.
+
+    python tools/build_hh_split.py --output_dir data/hh-split
+
+downloads `helpful-base` and `harmless-base` of `Anthropic/hh-rlhf` from the Hub (Bai et al., arXiv:2204.05862); with
+files on disk, none of it is loaded from there:
+
+    python tools/build_hh_split.py --output_dir data/hh-split \\
+        --train_data_path hh-rlhf/helpful-base/train.jsonl.gz hh-rlhf/harmless-base/train.jsonl.gz \\
+        --test_data_path hh-rlhf/helpful-base/test.jsonl.gz hh-rlhf/harmless-base/test.jsonl.gz
+
+A record holds two dialogues that part in their last answer, {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...",
+"rejected": ...}. Two texts count as the same if they differ in white space only. No prompt is in two of the four
+parts; the pairs of a prompt stay together. The query id is a hash of the pair, so it is the same in every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from preference_records import (
+    SEPARATOR,
+    BadField,
+    InputError,
+    exit_on_input_error,
+    raise_bad_records,
+    read_records,
+    require_text,
+    sha256_of_file,
+    write_json,
+)
+
+HUB_REPO = "Anthropic/hh-rlhf"
+SUBSETS = ("helpful-base", "harmless-base", "helpful-online", "helpful-rejection-sampled")
+PAPER_SUBSETS = SUBSETS[:2]  # together as many pairs as the paper's data, about 86.3K and 4.66K
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+MANIFEST = "hh_split_manifest.json"
+REST = "llm"  # the part that takes what the others leave
+FILES = {  # file -> the parts that it holds
+    "rm_data/hh_split_rm.train.json": ("rm",),
+    "llm_data/hh_split_llm.train.json": ("llm",),
+    "hh_cleaned_origin.train.json": ("rm", "llm"),
+    "eval_data/hh_split_llm.valid.json": ("valid",),
+    "eval_data/hh_cleaned_origin.test.json": ("test",),
+}
+
+
+class Pair(NamedTuple):
+    """Two responses to one prompt, the chosen one preferred."""
+
+    prompt: str
+    chosen: str
+    rejected: str
+    query_id: str
+
+
+Groups = dict[str, list[Pair]]  # prompt (white space aside) -> its pairs
+
+
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def download(subsets: Iterable[str], split: str) -> list[Path]:
+    """Fetches `<subset>/<split>.jsonl.gz` of each subset from the Hub, or finds it in the Hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return [Path(hf_hub_download(HUB_REPO, f"{s}/{split}.jsonl.gz", repo_type="dataset")) for s in subsets]
+    except OSError as error:  # what huggingface_hub raises for a missing network, file or permission
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"{HUB_REPO}: cannot be downloaded ({reason}); give its files by --train_data_path and --test_data_path"
+        ) from error
+
+
+def read_dialogues(path: Path) -> list[tuple[str, str]]:
+    """Reads the chosen and the rejected dialogue of every record.
+
+    Raises:
+        InputError: the file cannot be read, or a record lacks one of the two texts.
+    """
+    dialogues, problems = [], []
+    for place, record in read_records(path):
+        try:
+            dialogues.append((require_text(record, "chosen"), require_text(record, "rejected")))
+        except BadField as error:
+            problems.append(f"{place}: {error}")
+    raise_bad_records(path, problems)
+    return dialogues
+
+
+# ------------------------------------------------------------------------------------------------ cleaning
+
+
+def same(text: str) -> str:
+    """Returns what two texts have in common that differ in white space only."""
+    return " ".join(text.split())
+
+
+def split_dialogue(dialogue: str) -> tuple[str, str]:
+    """Splits a dialogue behind its last "\\n\\nAssistant:"; the prompt is empty where there is none."""
+    before, turn, response = dialogue.rpartition(ASSISTANT)
+    return before + turn, response
+
+
+def fault(prompt: str, other_prompt: str, chosen: str, rejected: str) -> str:
+    """Returns why two split dialogues make no pair; an empty string if they do."""
+    if not prompt or not other_prompt or HUMAN in chosen or HUMAN in rejected:
+        return "no response at the end"
+    if prompt != other_prompt and same(prompt) != same(other_prompt):
+        return "prompts differ"
+    if not chosen.strip() or not rejected.strip():
+        return "empty response"
+    if same(chosen) == same(rejected):
+        return "identical responses"
+    return f"{SEPARATOR} in the text" if any(SEPARATOR in text for text in (prompt, chosen, rejected)) else ""
+
+
+def make_query_id(prompt: str, chosen: str, rejected: str) -> str:
+    """Returns the first 64 bits of a hash of the three texts, white space aside, in hexadecimal."""
+    content = "\n".join(same(text) for text in (prompt, chosen, rejected))
+    return "hh_" + hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def group_by_prompt(dialogues: Iterable[tuple[str, str]], dropped: Counter[str]) -> Groups:
+    """Splits dialogues into prompts and responses, and drops what makes no pair.
+
+    Args:
+        dialogues: (chosen, rejected), see `read_dialogues`.
+        dropped: reason -> pairs; added to.
+
+    Returns:
+        prompt -> its pairs, both in the order of their first appearance.
+    """
+    groups: Groups = {}
+    seen: set[str] = set()
+    for chosen_dialogue, rejected_dialogue in dialogues:
+        prompt, chosen = split_dialogue(chosen_dialogue)
+        other_prompt, rejected = split_dialogue(rejected_dialogue)
+        reason = fault(prompt, other_prompt, chosen, rejected)
+        query_id = make_query_id(prompt, chosen, rejected)
+        if reason or query_id in seen:
+            dropped[reason or "duplicate"] += 1
+            continue
+        seen.add(query_id)
+        groups.setdefault(same(prompt), []).append(Pair(prompt, chosen, rejected, query_id))
+    return groups
+
+
+def load_groups(paths: list[Path], dropped: Counter[str], sources: dict[str, Any]) -> Groups:
+    """Reads and cleans all files together; notes the pairs and the sha256 of each in `sources`."""
+
+    def dialogues() -> Iterable[tuple[str, str]]:
+        for path in paths:
+            found = read_dialogues(path)
+            sources[str(path)] = {"pairs": len(found), "sha256": sha256_of_file(path)}
+            yield from found
+
+    return group_by_prompt(dialogues(), dropped)
+
+
+def remove_prompts(groups: Groups, prompts: Iterable[str], dropped: Counter[str]) -> Groups:
+    """Returns the groups without the given prompts, and counts their pairs."""
+    taken = set(prompts)
+    dropped["prompt also in test"] += sum(len(pairs) for prompt, pairs in groups.items() if prompt in taken)
+    return {prompt: pairs for prompt, pairs in groups.items() if prompt not in taken}
+
+
+# ------------------------------------------------------------------------------------------------ partitioning
+
+
+def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, list[Pair]]:
+    """Draws prompts into parts of given sizes, and the rest.
+
+    A prompt goes, with all of its pairs, to the first part that has room for them. So a part never has more pairs than
+    its size, and less only if no prompt is left that fits.
+
+    Args:
+        groups: prompt -> its pairs.
+        sizes: part -> pairs.
+        seed: of the order in which prompts are drawn.
+
+    Returns:
+        part -> its pairs; what no part has room for is `REST`.
+
+    Raises:
+        InputError: too few pairs for the sizes and a rest, or a part that no prompt fits.
+    """
+    num_pairs, num_wanted = sum(map(len, groups.values())), sum(sizes.values())
+    flags = " ".join(f"--{name}_size {size}" for name, size in sizes.items())
+    if num_pairs <= num_wanted:
+        raise InputError(
+            f"found {num_pairs} training pairs after cleaning, expected more than {num_wanted} ({flags}), the rest "
+            "being for the LLM; give smaller sizes"
+        )
+    parts: dict[str, list[Pair]] = {name: [] for name in (*sizes, REST)}
+    prompts = list(groups)
+    random.Random(seed).shuffle(prompts)
+    for prompt in prompts:
+        pairs = groups[prompt]
+        name = next((name for name, size in sizes.items() if len(parts[name]) + len(pairs) <= size), REST)
+        parts[name] += pairs
+    if hollow := [name for name, pairs in parts.items() if not pairs]:
+        raise InputError(
+            f"found no prompt that fits {', '.join(hollow)} ({flags}), whose pairs stay together; give other sizes"
+        )
+    return parts
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def to_record(pair: Pair) -> dict[str, Any]:
+    """Returns a pair as a text-scores record."""
+    text = [pair.prompt + SEPARATOR + response for response in (pair.chosen, pair.rejected)]
+    return {"text": text, "scores": [1.0, 0.0], "query_id": pair.query_id}
+
+
+def write_records(path: Path, pairs: list[Pair]) -> None:
+    """Writes pairs as a JSON list, a record a line: the text of the whole file never stands in memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for i, pair in enumerate(pairs):
+            file.write(("[\n" if i == 0 else ",\n") + json.dumps(to_record(pair), ensure_ascii=False))
+        file.write("\n]\n")
+
+
+def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[str, Any]) -> dict[str, Any]:
+    """Writes the five files and, last, the manifest, into a hidden folder, and moves them to their places when all are
+    there.
+
+    Returns:
+        what the manifest says of each file: "pairs", "prompts", "sha256".
+    """
+    outputs: dict[str, Any] = {}
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        staging = tempfile.TemporaryDirectory(prefix=".build_hh_split.", dir=output_dir)
+    except OSError as error:
+        raise InputError(f"{output_dir}: cannot be written ({error.strerror}); give another --output_dir") from error
+    with staging as folder:
+        for name, held in FILES.items():
+            pairs = [pair for part in held for pair in parts[part]]
+            write_records(Path(folder, name), pairs)
+            num_prompts = len({same(pair.prompt) for pair in pairs})
+            outputs[name] = {"pairs": len(pairs), "prompts": num_prompts, "sha256": sha256_of_file(Path(folder, name))}
+        write_json(Path(folder, MANIFEST), {**manifest, "outputs": outputs})
+        for name in (*FILES, MANIFEST):
+            Path(output_dir, name).parent.mkdir(exist_ok=True)
+            os.replace(Path(folder, name), Path(output_dir, name))
+    return outputs
+
+
+def describe_counts(counts: Counter[str]) -> str:
+    """Returns the number of dropped pairs, and of each kind."""
+    kinds = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if count)
+    return f"{counts.total()}" + (f" ({kinds})" if kinds else "")
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(
+        description="Builds the hh-split layout (data/README.md) from Anthropic's hh-rlhf.",
+        epilog="example:\n"
+        "  python tools/build_hh_split.py --output_dir data/hh-split \\\n"
+        "      --train_data_path hh-rlhf/helpful-base/train.jsonl.gz hh-rlhf/harmless-base/train.jsonl.gz \\\n"
+        "      --test_data_path hh-rlhf/helpful-base/test.jsonl.gz hh-rlhf/harmless-base/test.jsonl.gz",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to; made if it is not there")
+    parser.add_argument(
+        "--train_data_path",
+        type=Path,
+        nargs="+",
+        help='records of "chosen", "rejected": .jsonl.gz, .jsonl, .json (default: from the Hub)',
+    )
+    parser.add_argument("--test_data_path", type=Path, nargs="+", help="the same, for the test part")
+    parser.add_argument(
+        "--subsets",
+        nargs="+",
+        choices=SUBSETS,
+        help=f"what to take from the Hub (default: {' '.join(PAPER_SUBSETS)}, as many pairs as the paper's)",
+    )
+    parser.add_argument("--rm_size", type=int, default=20_000, help="pairs for the reward model (default: 20000)")
+    parser.add_argument("--valid_size", type=int, default=10_000, help="pairs for validation (default: 10000)")
+    parser.add_argument("--test_size", type=int, help="pairs for test, for data without test files")
+    parser.add_argument("--seed", type=int, default=42, help="of the partition (default: 42)")
+    return parser.parse_args()
+
+
+def check_flags(args: argparse.Namespace) -> None:
+    """Refuses flags that contradict one another.
+
+    Raises:
+        InputError: in one line.
+    """
+    if args.train_data_path is None and (args.test_data_path or args.test_size is not None):
+        raise InputError("--test_data_path or --test_size without --train_data_path: the Hub has its own test files")
+    if args.train_data_path and args.subsets:
+        raise InputError("--subsets is for data from the Hub; found --train_data_path as well, give one of them")
+    if args.train_data_path and (args.test_data_path is None) == (args.test_size is None):
+        raise InputError(
+            "expected one of --test_data_path and --test_size beside --train_data_path; found both or none"
+        )
+    for name in ("rm_size", "valid_size", "test_size"):
+        size = getattr(args, name)
+        if size is not None and size < 1:
+            raise InputError(f"--{name}: found {size}, expected at least 1")
+
+
+@exit_on_input_error
+def main() -> None:
+    """Reads, cleans, partitions, writes, prints the counts."""
+    args = parse_args()
+    check_flags(args)
+    train_paths, test_paths = args.train_data_path, args.test_data_path or []
+    if train_paths is None:
+        subsets = args.subsets or PAPER_SUBSETS
+        train_paths, test_paths = download(subsets, "train"), download(subsets, "test")
+
+    # ---- read and clean
+    inputs: dict[str, dict[str, Any]] = {"train": {}, "test": {}}
+    dropped: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
+    test_groups = load_groups(test_paths, dropped["test"], inputs["test"])
+    train_groups = load_groups(train_paths, dropped["train"], inputs["train"])
+    train_groups = remove_prompts(train_groups, test_groups, dropped["train"])
+    if test_paths and not test_groups:
+        raise InputError(f"no test pair is left after cleaning; dropped: {describe_counts(dropped['test'])}")
+
+    # ---- partition
+    sizes = {"rm": args.rm_size, "valid": args.valid_size}
+    if not test_paths:
+        sizes["test"] = args.test_size
+    parts = partition(train_groups, sizes, args.seed)
+    parts.setdefault("test", [pair for pairs in test_groups.values() for pair in pairs])
+
+    # ---- write
+    manifest = {"inputs": inputs, "dropped": dropped, "sizes": sizes, "seed": args.seed}
+    outputs = write_split(args.output_dir, parts, manifest)
+    for split, counts in dropped.items():
+        num_read = sum(source["pairs"] for source in inputs[split].values())
+        print(f"{split}: {num_read} pairs read, {describe_counts(counts)} dropped")
+    for name, output in outputs.items():
+        print(f"{args.output_dir / name}: {output['pairs']} pairs, {output['prompts']} prompts")
+
+
+if __name__ == "__main__":
+    main()
