@@ -8,11 +8,9 @@ B prompts, N = B x samples sequences, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,20 +39,10 @@ from responses import Decoding, Prompt, sample_seed
 
 logger = logging.getLogger(__name__)
 
-MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "chat_template*")
 MARKER_TOKENS = 16  # hold any marker of a next turn, even byte by byte
 
 
 # ------------------------------------------------------------------------------------------------ loading
-
-
-def model_version(path: str, commit: str | None) -> str | None:
-    """What changes with the model: a hash over names, sizes and times of its folder's files, or the Hub's commit."""
-    if not Path(path).is_dir():
-        return commit
-    files = sorted(file for pattern in MODEL_FILES for file in Path(path).glob(pattern))
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def load_tokenizer(path: str, template: str) -> PreTrainedTokenizerBase:

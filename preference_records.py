@@ -238,10 +238,7 @@ def iter_preference_data(path: str | Path, data_type: str, add_sep_token: bool =
     problems = []
     for index, (place, raw) in enumerate(iter_records(path)):
         try:
-            if data_type == "reject_sample":
-                record = _parse_answers(raw)
-            else:
-                record = _parse_preference(raw, str(index), add_sep_token)
+            record = parse_record(raw, data_type, str(index), add_sep_token)
         except BadField as error:
             problems.append(f"{place}: {error}")
         if not problems:
@@ -330,6 +327,17 @@ def _split_text(field: str, text: str, add_sep_token: bool) -> tuple[str, str]:
     if add_sep_token:
         raise BadField(field, f"no {SEPARATOR}", f"one {SEPARATOR}, or a run without --add_sep_token")
     return "", text
+
+
+def parse_record(
+    raw: dict[str, Any], data_type: str, default_id: str, add_sep_token: bool = False
+) -> PreferenceRecord:
+    """Validates one record; arguments as in `iter_preference_data`, and the id of a record that has none.
+
+    Raises:
+        BadField: the first field that is wrong.
+    """
+    return _parse_answers(raw) if data_type == "reject_sample" else _parse_preference(raw, default_id, add_sep_token)
 
 
 def _parse_preference(raw: dict[str, Any], default_id: str, add_sep_token: bool) -> PreferenceRecord:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import logging
@@ -27,8 +26,6 @@ from preference_records import (
     read_records,
     require_query_id,
     require_text,
-    sha256_of_file,
-    write_json,
 )
 
 logger = logging.getLogger(__name__)
@@ -228,88 +225,3 @@ class Decoding:
             raise InputError(
                 f"--temperature 0 --num_samples {self.num_samples}: expected 1, they would all be the same"
             )
-
-
-# ------------------------------------------------------------------------------------------------ keeping
-
-
-class ResponseStore:
-    """The responses that are there already, on disk, so that a run that was killed at any moment goes on.
-
-    Every process appends to a file of its own, `<result>.<fingerprint>.rank<i>.partial.jsonl`, one line a prompt:
-    `[query_id, [response, ...]]`. The fingerprint stands for all that the responses depend on, so that those of other
-    settings never mix. The result comes with `<result>.settings.json`, and the partial files go.
-    """
-
-    def __init__(self, result_path: Path, settings: Mapping[str, Any], rank: int = 0) -> None:
-        self.result_path = result_path
-        self.settings = dict(settings)
-        self.settings_path = result_path.with_suffix(".settings.json")
-        self.fingerprint = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
-        self._own_path = result_path.with_suffix(f".{self.fingerprint}.rank{rank}.partial.jsonl")
-        self._file: Any = None
-
-    def _partial_paths(self, fingerprint: str) -> list[Path]:
-        name = f"{glob.escape(self.result_path.stem)}.{fingerprint}.rank*.partial.jsonl"
-        return sorted(self.result_path.parent.glob(name))
-
-    def load(self) -> dict[str, list[str]]:
-        """Reads what all processes of this and of earlier runs have, by query id; a line that a kill has torn is not
-        there."""
-        responses: dict[str, list[str]] = {}
-        for path in self._partial_paths(self.fingerprint):
-            try:
-                lines = path.read_bytes().split(b"\n")
-            except FileNotFoundError:  # another process has written the result in the meantime
-                continue
-            for line in lines:
-                try:
-                    query_id, texts = json.loads(line)
-                except ValueError:
-                    continue
-                responses[query_id] = texts
-        return responses
-
-    def is_finished(self) -> bool:
-        """Whether the result of these settings is there. Ask it after `load`: the partial files go last."""
-        if not (self.result_path.is_file() and self.settings_path.is_file()):
-            return False
-        try:
-            recorded = json.loads(self.settings_path.read_text(encoding="utf-8"))
-        except ValueError:
-            return False
-        return recorded == self._record()
-
-    def log_state(self, num_done: int, num_prompts: int) -> None:
-        """Says what an earlier run has left."""
-        if num_done:
-            logger.info("%d of %d prompts were answered before", num_done, num_prompts)
-        others = set(self._partial_paths("*")) - set(self._partial_paths(self.fingerprint))
-        if others:
-            logger.info("left alone, for they are of other settings: %s", first_few(sorted(p.name for p in others)))
-
-    def append(self, query_id: str, responses: list[str]) -> None:
-        """Keeps the responses to a prompt; none: the server refused the prompt."""
-        if self._file is None:
-            self.result_path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._own_path, "ab")  # noqa: SIM115  stays open from prompt to prompt
-            self._file.write(b"\n" * (self._file.tell() > 0))  # ends a torn line
-        self._file.write(json.dumps([query_id, responses]).encode() + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes this process's file; only then do processes on other machines see all of it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def finish(self, records: list[dict[str, Any]]) -> None:
-        """Writes the result, then its settings, then deletes the partial files. Two processes may both do so."""
-        self.close()
-        write_json(self.result_path, records)
-        write_json(self.settings_path, self._record())
-        for path in self._partial_paths(self.fingerprint):
-            path.unlink(missing_ok=True)
-
-    def _record(self) -> dict[str, Any]:
-        return {**self.settings, "result_sha256": sha256_of_file(self.result_path)}

@@ -17,7 +17,7 @@ import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from preference_records import InputError, exit_on_input_error, write_json
+from preference_records import InputError, exit_on_input_error, sha256_of_file, write_json
 from reward_datasets import RewardDataCollator, load_preference_dataset, name_datasets
 
 if TYPE_CHECKING:
@@ -122,38 +122,6 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
     return results
 
 
-def name_score_files(output_dir: str, eval_names: list[str], suffix: str) -> dict[str, str]:
-    """Returns the path of `<data>_pred_<suffix>_results.json` for each file to score.
-
-    Raises:
-        InputError: two files would write the same scores file.
-    """
-    paths: dict[str, str] = {}
-    for name in eval_names:
-        stem = name.replace("/", "_").split(".json")[0]
-        path = os.path.join(output_dir, f"{stem}_pred_{suffix}_results.json")
-        if path in paths.values():
-            raise InputError(f"--eval_data_path: found two files whose scores would go to {path}; score them apart")
-        paths[name] = path
-    return paths
-
-
-def score_all(
-    trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset], score_paths: dict[str, str]
-) -> None:
-    """Writes one {"<query_id>:<answer key>": reward} per answer, in file order, to the path of each data set."""
-    for name, eval_set in eval_sets.items():
-        rewards = trainer.predict(eval_set).predictions[0]
-        results = [
-            {f"{query_id}:{key}": float(reward)}
-            for query_id, keys, row in zip(eval_set["query_id"], eval_set["answer_keys"], rewards, strict=True)
-            for key, reward in zip(keys, row, strict=False)
-        ]
-        if trainer.is_world_process_zero():
-            write_json(score_paths[name], results)
-            logger.info("%d rewards written to %s", len(results), score_paths[name])
-
-
 @exit_on_input_error
 def main() -> None:
     """Parse -> data -> model -> trainer -> train, evaluate, score -> save."""
@@ -168,6 +136,8 @@ def main() -> None:
 
     from models import load_config, load_reward_model, load_reward_tokenizer, resolve_settings
     from reports import plot_training_curves, write_manifest, write_model_card, write_results
+    from result_store import model_version
+    from scoring import check_query_ids, name_score_files, score_dataset
     from trainer import RewardModelTrainer
     from tree_batching import TREE_ATTENTIONS, choose_attention
 
@@ -207,6 +177,9 @@ def main() -> None:
     complete_best_metric(args, list(eval_sets))
     if args.task_type == "inference":
         score_paths = name_score_files(args.output_dir, list(eval_sets), data_args.data_suffix)
+        if data_args.data_type == "reject_sample":
+            for name, eval_set in eval_sets.items():
+                check_query_ids(name, eval_set["query_id"][:])
 
     # ---- model
     if args.deepspeed:
@@ -256,7 +229,18 @@ def main() -> None:
 
     # ---- score, or evaluate
     if args.task_type == "inference":
-        score_all(trainer, eval_sets, score_paths)
+        rewards_depend_on = {
+            "model": model_version(model_args.model_name_or_path, getattr(config, "_commit_hash", None)),
+            "tokenizer": tokenizer.fingerprint,
+            **asdict(settings),
+            "dtype": [model_args.dtype, str(compute_dtype)],
+            "attention": attention,
+            "eval_token_budget": trainer.eval_token_budget,
+            "data_type": data_args.data_type,
+        }
+        for name, path in name_datasets(data_args.eval_data_path).items():
+            inputs = {"data_sha256": sha256_of_file(path), **rewards_depend_on}
+            score_dataset(trainer, eval_sets[name], score_paths[name], inputs)
     else:
         results = evaluate_all(trainer, eval_sets) if eval_sets else {}
         if args.do_train and trainer.is_world_process_zero():

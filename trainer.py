@@ -210,6 +210,7 @@ class RewardModelTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.compute_metrics = self._compute_metrics
         self._window = TrainingWindow()
+        self._batches: list[list[int]] | None = None  # those to predict; None: all of the data set
 
     def _loss_terms(self, rewards: Tensor, scores: Tensor, apo_mask: Tensor) -> dict[str, Tensor]:
         """The weighted terms whose sum is the preference loss, (B, R) -> scalars."""
@@ -255,12 +256,28 @@ class RewardModelTrainer(Trainer):
         self._window.add(rewards.detach(), scores, apo_mask, terms)
         return sum(terms.values())
 
+    @property
+    def eval_token_budget(self) -> int:
+        """Tokens of a batch in evaluation and scoring, at most."""
+        return self.args.eval_token_budget or 2 * self.model.settings.max_length * self.args.eval_batch_size
+
+    def eval_batches(self, dataset: Dataset) -> list[list[int]]:
+        """Indices of the items of each batch, over all processes."""
+        return batch_by_tokens(dataset, self.eval_token_budget, self.data_collator.batching)
+
+    def predict_batches(self, dataset: Dataset, batches: list[list[int]]) -> dict[int, np.ndarray]:
+        """Rewards (R,) of the items of some batches of a data set, by index."""
+        self._batches = batches
+        try:
+            output = self.predict(dataset)
+        finally:
+            self._batches = None
+        return dict(zip(output.label_ids[-1].tolist(), output.predictions[0], strict=True))
+
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
-        """Batches of at most `--eval_token_budget` tokens, each an `index` (B,) of its items besides."""
+        """This process's share of the batches, each with the `index` (B,) of its items."""
         dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        settings = self.model.settings
-        budget = self.args.eval_token_budget or 2 * settings.max_length * self.args.eval_batch_size
-        batches = batch_by_tokens(dataset, budget, self.data_collator.batching)
+        batches = self._batches or self.eval_batches(dataset)
         # All processes run equally many batches, since ZeRO-3 gathers weights in each; who lacks one repeats another.
         rank, world_size = self.args.process_index, self.args.world_size
         num_rounds = math.ceil(len(batches) / world_size)

@@ -14,7 +14,6 @@ from conftest import REPO_ROOT, command_line, load_model
 from preference_records import InputError, PreferenceRecord
 from tools.benchmark import (
     FixedLengthCollator,
-    count_trie_tokens,
     format_race,
     lengthen_prompts,
     plan_rounds,
@@ -39,11 +38,6 @@ def read_results(output_dir: Path) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------ counting
-
-
-def test_trie_tokens_by_hand():
-    """1 2 3 4, then 1 2 3 | 5 adds one token, 1 2 3 again none, and 7 8 two: 4 + 1 + 0 + 2 = 7."""
-    assert count_trie_tokens([[1, 2, 3, 4], [7, 8], [1, 2, 3, 5], [1, 2, 3]]) == 7
 
 
 def test_group_of_three_makes_two_pairs_preferred_first():

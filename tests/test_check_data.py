@@ -12,6 +12,7 @@ from conftest import CHECKPOINT, PARITY, REPO_ROOT, pair, read_json, write_recor
 
 from models import load_reward_tokenizer
 from preference_records import InputError, load_preference_data
+from reports import wilson_interval
 from reward_datasets import tokenize_records
 from tools.check_data import (
     FINDINGS,
@@ -22,7 +23,6 @@ from tools.check_data import (
     load_tokenizer,
     make_report,
     summarize,
-    wilson_interval,
 )
 
 TOOL = REPO_ROOT / "tools" / "check_data.py"
@@ -176,12 +176,6 @@ def test_ties_and_length_bias_by_hand(tmp_path):
     assert (stats["pairs"], stats["tied_pairs"], stats["tied_items"]) == (5, 2, 1)
     assert (stats["share_of_tied_pairs"], stats["share_of_tied_items"]) == (2 / 7, 1 / 5)
     assert stats["longer_preferred"] == {"share": 3 / 4, "interval_95": list(wilson_interval(0.75, 4)), "pairs": 4}
-
-
-def test_wilson_interval_by_hand():
-    """8 of 10, z = 1.96: z^2/n = 0.38415; center (0.8 + 0.19207) / 1.38415 = 0.71674; half
-    sqrt(0.38415 * (0.16 + 0.09604)) / 1.38415 = 0.31362 / 1.38415 = 0.22658; so 0.4902 to 0.9433."""
-    assert wilson_interval(0.8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ tokens

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from preference_records import InputError
-from tools.compare_runs import COLUMNS, compare, format_row, format_table, read_results, wilson_interval
+from reports import wilson_interval
+from tools.compare_runs import COLUMNS, compare, format_row, format_table, read_results
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "compare_runs.py"
 

@@ -142,7 +142,7 @@ def test_more_processes_than_batches(sample, data):
 
 def break_after(monkeypatch, num_prompts: int) -> None:
     """The next run ends as if interrupted when it has kept so many prompts."""
-    keep = inference_llm.ResponseStore.append
+    keep = inference_llm.ResultStore.append
     kept = []
 
     def append(self, query_id: str, responses: list[str]) -> None:
@@ -151,7 +151,7 @@ def break_after(monkeypatch, num_prompts: int) -> None:
         kept.append(query_id)
         keep(self, query_id, responses)
 
-    monkeypatch.setattr(inference_llm.ResponseStore, "append", append)
+    monkeypatch.setattr(inference_llm.ResultStore, "append", append)
 
 
 @pytest.mark.parametrize("num_prompts", [0, 1, 6])

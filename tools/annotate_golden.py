@@ -28,7 +28,6 @@ from completion_client import Completion, CompletionClient, add_server_flags, ch
 from preference_records import DATA_TYPES, InputError, exit_on_input_error
 from responses import (
     Prompt,
-    ResponseStore,
     answered_prompts,
     as_response,
     load_prompts,
@@ -36,6 +35,7 @@ from responses import (
     render_prompts,
     sample_seed,
 )
+from result_store import ResultStore
 
 logger = logging.getLogger("annotate_golden")
 
@@ -145,12 +145,12 @@ def main() -> None:
     # ---- what is there already
     names = ("model", "system_prompt", "temperature", "max_new_tokens", "seed")
     settings = {name: getattr(args, name) for name in names} | {"prompts_sha256": prompts_sha256(prompts)}
-    store = ResponseStore(args.output_path, settings)
+    store = ResultStore(args.output_path, settings)
     done = store.load()
     if store.is_finished():
         print(f"{args.output_path}: there already, with these settings; delete it to ask again")
         return
-    store.log_state(len(done), len(prompts))
+    store.log_state(len(done), len(prompts), "prompts")
 
     # ---- what the rest may cost
     todo = [(prompt, d) for prompt, d in zip(prompts, dialogues, strict=True) if prompt.query_id not in done]

@@ -39,15 +39,15 @@ from preference_records import (
     BadField,
     InputError,
     PreferenceRecord,
-    _parse_answers,
-    _parse_preference,
     exit_on_input_error,
     iter_records,
+    parse_record,
     require,
     require_query_id,
     require_text,
     write_json,
 )
+from reports import wilson_interval
 from reward_datasets import TOKENIZE_BATCH_SIZE, RewardDataCollator, build_sequence, name_datasets, normalize_scores
 
 if TYPE_CHECKING:
@@ -66,7 +66,6 @@ FINDINGS = {
     "overlap": "prompts of training files that evaluation files hold too",
 }
 QUANTILES = {"min": 0, "5%": 5, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "max": 100}
-Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 class Findings(dict[str, dict[str, Any]]):
@@ -127,10 +126,11 @@ def parse_records(check: FileCheck, add_sep_token: bool) -> Iterator[tuple[str, 
             if index == 0:
                 check.kind = kind_of(raw)
             try:
-                if check.kind == "pairs":
-                    record = _parse_preference(raw, str(index), add_sep_token)
+                if check.kind == "golden":
+                    record = parse_golden(raw)
                 else:
-                    record = parse_golden(raw) if check.kind == "golden" else _parse_answers(raw)
+                    data_type = "comparison_pair" if check.kind == "pairs" else "reject_sample"
+                    record = parse_record(raw, data_type, str(index), add_sep_token)
             except BadField as error:
                 check.findings.add("bad_records", f"{place}: {error}")
             else:
@@ -294,14 +294,6 @@ def compare_prompts(checks: list[FileCheck]) -> list[dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------ reporting
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share that was observed in `count` independent trials."""
-    spread = Z_95**2 / count
-    center = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def quantiles(lengths: array) -> dict[str, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,24 +16,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from preference_records import InputError, exit_on_input_error
+from reports import wilson_interval
 from reward_datasets import name_datasets
 
 RESULTS_FILE = "final_eval_results.json"
-Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 COLUMNS = ("evaluation set", "run", "accuracy %", "95 % interval", "pairs", "ties", "margin")
-
-
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share that was observed in `count` independent trials.
-
-    Returns:
-        (low, high) within [0, 1].
-    """
-    assert 0 <= share <= 1 and count > 0, (share, count)
-    spread = Z_95**2 / count
-    center = (share + spread / 2) / (1 + spread)
-    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
-    return max(0.0, center - half), min(1.0, center + half)
 
 
 def read_results(run_dir: str | Path) -> dict[str, dict[str, float]]:

@@ -31,7 +31,6 @@ from responses import (
     TEMPLATES,
     Decoding,
     Prompt,
-    ResponseStore,
     answered_prompts,
     as_response,
     load_prompts,
@@ -40,6 +39,7 @@ from responses import (
     render_prompts,
     sample_seed,
 )
+from result_store import ResultStore, model_version
 
 logger = logging.getLogger("inference_llm")
 
@@ -193,7 +193,7 @@ def main() -> None:
         from models import load_config
 
         config = load_config(args.model_name_or_path)
-        version = llm_sampling.model_version(args.model_name_or_path, getattr(config, "_commit_hash", None))
+        version = model_version(args.model_name_or_path, getattr(config, "_commit_hash", None))
         settings |= {"max_length": args.max_length, "dtype": args.dtype, "model_version": version}
         tokenizer = llm_sampling.load_tokenizer(args.model_name_or_path, args.prompt_template)
         token_ids = llm_sampling.tokenize(tokenizer, rendered, args.prompt_template, args.max_length)
@@ -203,14 +203,14 @@ def main() -> None:
 
     # ---- what is there already
     result_path = args.output_dir / f"{args.model_prefix}_{args.task_type}_{args.data_suffix}_results.json"
-    store = ResponseStore(result_path, settings, rank)
+    store = ResultStore(result_path, settings, rank)
     done = store.load()
     if store.is_finished():
         if rank == 0:
             print(f"{result_path}: there already, with these settings; delete it to sample again")
         return
     todo = [prompt for prompt in share if prompt.query_id not in done]
-    store.log_state(len(done), len(prompts))
+    store.log_state(len(done), len(prompts), "prompts")
 
     # ---- the rest
     answers: Iterator[tuple[Prompt, list[str]]] = iter(())

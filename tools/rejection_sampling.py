@@ -47,10 +47,10 @@ from preference_records import (
     read_records,
     write_json,
 )
+from reports import Z_95
 
 logger = logging.getLogger(__name__)
 
-Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 ADVICE = "give the file that train.py --task_type inference wrote for this data"
 
 
