@@ -4,7 +4,7 @@
 #   LLM_NAME ROUND    whose samples             (default: llm, 0: ..._llm_v0.sample.json)
 #   APO_DATA          golden-over-sampled pairs (default: what scripts/convert_apo_data.sh writes; made if missing)
 #   APO_COEFF         their weight              (default: 0.1, the reference's)
-#   NUM_APO_SAMPLES   samples per prompt        (default: 4; for --group data 1, with MICRO_BATCH_SIZE=1)
+#   NUM_APO_SAMPLES   samples per prompt        (default: 4; for --group data and MICRO_BATCH_SIZE=1: 1)
 # Example:
 #   LLM_NAME=alpaca MODEL=huggyllama/llama-7b DATA_DIR=data/hh-split NUM_GPUS=8 bash scripts/train_apo_rm.sh
 set -euo pipefail

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINT, E2E, REPO_ROOT, command_line, read_json, run_main, run_train, write_records
+from conftest import CHECKPOINT, E2E, REPO_ROOT, command_line, read_json, run_main, write_records
 
 import scoring
 from preference_records import InputError
@@ -162,13 +162,3 @@ def test_killed_run_ends_with_the_same_file(samples, undisturbed, tmp_path, num_
     process.wait()
     run_main(**flags(samples, tmp_path))
     assert scores_file(tmp_path).read_bytes() == undisturbed
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num_records", [1, 3, 7])
-def test_two_processes_write_the_file_of_one(samples, tmp_path, num_records):
-    part = write_records(tmp_path / "samples.json", read_json(samples)[:num_records])
-    for num_processes in (None, 2):
-        run_train(**flags(part, tmp_path / str(num_processes)), num_processes=num_processes)
-    one, two = (scores_file(tmp_path / name).read_bytes() for name in ("None", "2"))
-    assert one == two
