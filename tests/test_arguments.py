@@ -97,6 +97,8 @@ def test_given_flags_without_effect_on_the_task_are_named(caplog):
         ({"rm_kl_coeff": -0.5}, "--rm_kl_coeff -0.5: expected 0 or more"),
         ({"lm_loss_coeff": -2}, "--lm_loss_coeff -2.0: expected 0 or more"),
         ({"calibration_bins": [10, 0]}, r"--calibration_bins \[10, 0\]: expected numbers of 1 or more"),
+        ({"eval_token_budget": 0}, "--eval_token_budget 0: expected 1 or more"),
+        ({"batching": "trees"}, "--batching.*'trees'.*'tree', 'padded'"),
         ({"learning_rate": "fast"}, "--learning_rate.*fast"),
         ({"do_train": True}, "without training data; give --train_data_path"),
         ({"task_type": "inference", "do_train": True}, "inference.*no --do_train"),
@@ -227,3 +229,10 @@ def test_evaluating_at_the_start_needs_evaluation_data():
     run = {"model_name_or_path": "m", "do_train": True, "train_data_path": "A", "use_cpu": True}
     with pytest.raises(InputError, match="--eval_at_start True without --eval_data_path"):
         parse(**run, eval_at_start=True)
+
+
+def test_one_process_that_sees_several_gpus_is_refused(monkeypatch):
+    """transformers would spread each batch over them, which neither trees nor ragged items survive."""
+    monkeypatch.setattr("arguments.RewardTrainingArguments.n_gpu", 2)
+    with pytest.raises(InputError, match="sees 2 GPUs; launch one a GPU with torchrun --nproc_per_node=2"):
+        parse(**NEEDED)

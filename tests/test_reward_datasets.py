@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from conftest import CHECKPOINT, E2E, pair, write_records
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from preference_records import InputError, PreferenceRecord, load_preference_dat
 from reward_datasets import (
     RewardDataCollator,
     _count_tokens,
+    batch_by_tokens,
     build_sequence,
     load_preference_dataset,
     name_datasets,
@@ -194,6 +196,33 @@ def test_evaluation_sets_of_the_same_name_are_told_apart(paths, names):
     named = name_datasets(paths)
     assert list(named) == names
     assert len(set(named.values())) == len(names)
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize("batching", ["tree", "padded"])
+@given(
+    st.lists(st.lists(st.lists(st.integers(5, 7), min_size=1, max_size=9), min_size=1, max_size=4), min_size=1),
+    st.integers(1, 60),
+)
+@settings(deadline=None, max_examples=50)
+def test_batches_hold_each_item_once_and_keep_to_the_budget(batching, items, budget):
+    """What runs is counted on the collated batch; a single item may be larger."""
+    rows = [{"input_ids": item, "scores": [0.5] * len(item), "is_apo": False, **_count_tokens(item)} for item in items]
+    batches = batch_by_tokens(Dataset.from_list(rows), budget, batching)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(items)))
+    collate = RewardDataCollator(pad_token_id=3, batching=batching)
+    for batch in batches:
+        assert collate([rows[i] for i in batch])["input_ids"].numel() <= budget or len(batch) == 1
+    if batching == "tree":
+        assert [i for batch in batches for i in batch] == list(range(len(items)))
+
+
+def test_padded_batches_take_the_longest_items_first():
+    lengths = [3, 9, 1, 9, 5]
+    rows = [{"input_ids": [[5] * n], "scores": [0.5], **_count_tokens([[5] * n])} for n in lengths]
+    assert batch_by_tokens(Dataset.from_list(rows), 18, "padded") == [[1, 3], [4, 0, 2]]
 
 
 # ------------------------------------------------------------------------------------------------ collating

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CHECKPOINT, E2E, load_model, pair, read_json, rewards_of, run_main, write_records
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -340,6 +341,15 @@ def test_loss_with_lm_term_is_the_sum_of_both(tmp_path):
         rewards = torch.stack([rewards_of(model, item["input_ids"], 3) for item in items])
     ranking = ranking_loss(rewards, torch.tensor([[1.0, 0.0]] * 2)).item()
     assert loss == pytest.approx(ranking + 0.3 * sum(lm_losses) / 2, abs=1e-5)
+
+
+def test_grouping_by_length_goes_by_the_tokens_of_an_item(tmp_path):
+    """Not by the number of its responses, which is what transformers would measure."""
+    model, tokenizer = load_model()
+    rows = [row | {"length": 10 + i} for i, row in enumerate(random_items(6))]
+    flags = {"train_sampling_strategy": "group_by_length"}
+    trainer = make_trainer(tmp_path, model, tokenizer, Dataset.from_list(rows), **flags)
+    assert list(trainer._get_train_sampler().lengths) == [10, 11, 12, 13, 14, 15]
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
