@@ -115,7 +115,9 @@ class RewardTrainingArguments(TrainingArguments):
     )
     save_calibration: bool = HfArg(default=False, help="Save the reliability diagram of each evaluation set.")
     batching: Literal["tree", "padded"] = HfArg(
-        default="tree", help="tree: no shared token runs twice, none is padding; padded: one padded row a response."
+        default="tree",
+        help="tree: no shared token runs twice, none is padding (but in the LM head of --lm_loss_coeff); padded: one "
+        "padded row a response.",
     )
     eval_token_budget: int | None = HfArg(
         default=None,

@@ -232,7 +232,7 @@ def iter_preference_data(path: str | Path, data_type: str, add_sep_token: bool =
 
     Raises:
         InputError: at the end of the file, one line that counts all bad records and shows the first five with place,
-            field, found, expected.
+            field, found, expected; if some are no JSON objects, those alone.
     """
     assert data_type in DATA_TYPES, data_type
     problems = []

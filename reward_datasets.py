@@ -12,6 +12,7 @@ import json
 import logging
 import operator
 import os
+import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,7 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows to an Arrow file, under a temporary name until it is whole."""
     from datasets.arrow_writer import ArrowWriter
 
-    temporary = path.with_suffix(".incomplete")
+    temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.incomplete")
     try:
         with ArrowWriter(path=str(temporary), features=_row_features()) as writer:
             for row in rows:

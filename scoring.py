@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,7 +59,8 @@ def score_dataset(
     """Writes one {"<query_id>:<answer key>": reward} per answer, in file order.
 
     The rewards of finished batches are kept as the run goes on. Batches depend neither on the number of processes nor
-    on what was finished before, so the file is the same to the bit, however often the run was interrupted.
+    on what was finished before, so the file is the same to the bit, however often the run was interrupted, as long as
+    a process computes with the same number of threads.
 
     Args:
         trainer: with the reward model.
@@ -67,7 +70,8 @@ def score_dataset(
     """
     is_main = trainer.is_world_process_zero()
     batches = trainer.eval_batches(dataset)
-    store = ResultStore(path, settings)
+    batches_sha256 = hashlib.sha256(json.dumps(batches).encode()).hexdigest()
+    store = ResultStore(path, {**settings, "batches_sha256": batches_sha256})
     done = broadcast_object_list([set(store.load())])[0]
     todo = [number for number in range(len(batches)) if str(number) not in done]
     if is_main:
@@ -75,7 +79,12 @@ def score_dataset(
     trainer.remove_callback(ProgressCallback)  # it would begin anew with every part
     part_size = BATCHES_PER_PART * trainer.args.world_size
     num_left = sum(len(batches[number]) for number in todo)
-    with tqdm(total=len(dataset), initial=len(dataset) - num_left, unit="record", disable=not is_main) as progress:
+    with tqdm(
+        total=len(dataset),
+        initial=len(dataset) - num_left,
+        unit="record",
+        disable=not is_main or trainer.args.disable_tqdm,
+    ) as progress:
         for start in range(0, len(todo), part_size):
             part = todo[start : start + part_size]
             rewards = trainer.predict_batches(dataset, [batches[number] for number in part])

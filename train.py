@@ -9,14 +9,12 @@ See README.md for the three reward models of the paper, and `python train.py --h
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import sys
-import warnings
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from launch import leave, prepare_deepspeed, setup_logging
 from preference_records import InputError, exit_on_input_error, sha256_of_file, write_json
 from reward_datasets import RewardDataCollator, load_preference_dataset, name_datasets
 
@@ -30,26 +28,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("train")
 
 NUM_DEBUG_RECORDS = 64
-
-
-def setup_logging() -> None:
-    """Logs from the main process only; the others report errors."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for noisy in ("httpx", "DeepSpeed", "filelock", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.simplefilter("ignore", FutureWarning)  # torch.distributed, at every step under DeepSpeed
-    logging.captureWarnings(True)
-
-
-def prepare_deepspeed(args: RewardTrainingArguments) -> None:
-    """Makes DeepSpeed find its build tool, and start over gloo where there is no accelerator."""
-    # Another `ninja` further on the path would compile everything anew, and an environment need not be activated.
-    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    if args.device.type == "cpu":
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
 def merge_training_data(parts: list[datasets.Dataset], paths: list[str]) -> datasets.Dataset:
@@ -173,17 +151,18 @@ def main() -> None:
         train_parts = [load(path) for path in data_args.train_data_path]
         train_set = merge_training_data(train_parts, data_args.train_data_path)
         log_example(train_set, tokenizer)
-    eval_sets = {name: load(path) for name, path in name_datasets(data_args.eval_data_path).items()}
+    data_paths = name_datasets(data_args.eval_data_path)
+    eval_sets = {name: load(path) for name, path in data_paths.items()}
     complete_best_metric(args, list(eval_sets))
     if args.task_type == "inference":
         score_paths = name_score_files(args.output_dir, list(eval_sets), data_args.data_suffix)
         if data_args.data_type == "reject_sample":
             for name, eval_set in eval_sets.items():
-                check_query_ids(name, eval_set["query_id"][:])
+                check_query_ids(data_paths[name], eval_set["query_id"][:])
 
     # ---- model
     if args.deepspeed:
-        prepare_deepspeed(args)
+        prepare_deepspeed(args.device.type)
     compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else getattr(torch, model_args.dtype)
     attention = choose_attention(config, args.batching, args.device, compute_dtype)
     set_seed(args.seed)
@@ -234,11 +213,11 @@ def main() -> None:
             "tokenizer": tokenizer.fingerprint,
             **asdict(settings),
             "dtype": [model_args.dtype, str(compute_dtype)],
-            "attention": attention,
-            "eval_token_budget": trainer.eval_token_budget,
+            "attention": [attention, model_args.padding_side],
+            "deepspeed": bool(args.deepspeed),
             "data_type": data_args.data_type,
         }
-        for name, path in name_datasets(data_args.eval_data_path).items():
+        for name, path in data_paths.items():
             inputs = {"data_sha256": sha256_of_file(path), **rewards_depend_on}
             score_dataset(trainer, eval_sets[name], score_paths[name], inputs)
     else:
@@ -247,19 +226,6 @@ def main() -> None:
             plot_training_curves(args.output_dir, trainer.state.log_history)
             write_model_card(args.output_dir, model_args.model_name_or_path, asdict(settings), results)
     trainer.end()
-
-
-def leave() -> None:
-    """Ends one process of several without taking the interpreter apart.
-
-    Gloo's threads live on in what DeepSpeed and torch keep of the process groups. One that lets go of a tensor while
-    the interpreter goes down aborts the process, seldom, but after all its work was done: torchrun calls that failed.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
 
 
 if __name__ == "__main__":

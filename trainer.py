@@ -190,10 +190,14 @@ def preference_metrics(
 def in_file_order(
     predictions: tuple[np.ndarray, ...], labels: tuple[np.ndarray, ...]
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Sorts gathered rows by the last of the labels, their index in the data set; drops repeated rows and index -1."""
+    """Sorts gathered rows by the last of the labels, their index in the data set; drops repeated rows and index -1.
+
+    The first of the labels are the scores, (B, R); where they mark an absent response the predictions become NaN.
+    """
     index, rows = np.unique(labels[-1], return_index=True)
     rows = rows[index >= 0]
-    return tuple(array[rows] for array in predictions), tuple(array[rows] for array in labels)
+    absent = labels[0][rows] < 0
+    return tuple(np.where(absent, np.nan, array[rows]) for array in predictions), tuple(x[rows] for x in labels)
 
 
 class RewardModelTrainer(Trainer):
@@ -277,7 +281,7 @@ class RewardModelTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
         """This process's share of the batches, each with the `index` (B,) of its items."""
         dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        batches = self._batches or self.eval_batches(dataset)
+        batches = self.eval_batches(dataset) if self._batches is None else self._batches
         # All processes run equally many batches, since ZeRO-3 gathers weights in each; who lacks one repeats another.
         rank, world_size = self.args.process_index, self.args.world_size
         num_rounds = math.ceil(len(batches) / world_size)
@@ -329,7 +333,6 @@ class RewardModelTrainer(Trainer):
     def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics and loss of a whole data set; what the gathering padded counts as absent."""
         (rewards, *lm_losses), (scores, apo_mask, _) = in_file_order(prediction.predictions, prediction.label_ids)
-        rewards = np.where(scores < 0, np.nan, rewards)
         bins = self.args.calibration_bins if self.args.rm_calibration else None
         tensors = [torch.as_tensor(array, dtype=torch.float64) for array in (rewards, scores, apo_mask)]
         loss = sum(self._loss_terms(*tensors).values())

@@ -177,7 +177,10 @@ def _prepare_branches(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend
 
 
 def _prepare_flex(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
-    """Flex attention over the row, which skips the blocks of the (S, S) matrix without a token that attends."""
+    """Flex attention over the row, which skips the blocks of the (S, S) matrix without a token that attends.
+
+    Finding these blocks takes a few (S, S) bool tensors, once a batch.
+    """
     ends = tree["subtree_ends"]
 
     def attends(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
