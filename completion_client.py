@@ -9,9 +9,10 @@ import json
 import logging
 import os
 import random
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     server.add_argument(
         "--skip_refused",
         action="store_true",
-        help="leave out and name prompts that the server refuses, such as too long ones, instead of ending the run",
+        help="leave out and name prompts that the server refuses, such as too long ones, instead of ending the run; "
+        "the next run asks them again",
     )
 
 
@@ -97,37 +99,48 @@ class CompletionClient:
         except Exception as error:  # the kinds that its HTTP library has for an address it cannot read
             raise InputError(f"--base_url {base_url}: found no web address ({error}), expected http://...") from error
 
+    @property
+    def base_url(self) -> str:
+        """The server's address, without a password that may stand in it."""
+        url = self._client.base_url
+        return f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")
+
     def complete(self, request: Mapping[str, Any]) -> Completion:
         """Sends one request, to the chat endpoint if it has messages.
 
         Connections that fail or break off, time-outs, and the statuses 408, 409, 429 and 5xx are tried again by the
         library, with exponential back-off and jitter, or after as long as the server says; answers that are no JSON,
-        or not of the right form, by us.
+        or not of the right form, by us. Both count against the same `max_retries`.
 
         Raises:
             RefusedPromptError: status 400, 413 or 422.
             InputError: any other failure, after the retries.
         """
-        endpoint = self._client.chat.completions if "messages" in request else self._client.completions
-        for attempt in range(self._max_retries + 1):
+        num_tries = 0  # whose answers could not be read, and those before them
+        while num_tries <= self._max_retries:
+            client = self._client.with_options(max_retries=self._max_retries - num_tries)
+            endpoint = client.chat.completions if "messages" in request else client.completions
             try:
                 raw = endpoint.with_raw_response.create(**request)
             except self._openai.APIError as error:
                 raise self._input_error(error) from None  # the library's own error holds the key
             try:
-                return _parse_completion(raw.http_response.text, raw.retries_taken + attempt)
+                return _parse_completion(raw.http_response.text, num_tries + raw.retries_taken)
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 found = f"{type(error).__name__}: {error}"
-            if attempt < self._max_retries:
-                time.sleep(min(0.5 * 2**attempt, MAX_BACKOFF) * random.uniform(0.75, 1))
+            num_tries += raw.retries_taken + 1
+            if num_tries <= self._max_retries:
+                time.sleep(min(0.5 * 2 ** (num_tries - 1), MAX_BACKOFF) * random.uniform(0.75, 1))
         raise InputError(
-            f"{self._client.base_url}: found an answer that cannot be read ({found}) {self._max_retries + 1} times, "
+            f"{self.base_url}: found an answer that cannot be read ({found}) in {num_tries} tries, "
             f"expected the JSON of the OpenAI protocol; {KEPT}"
         )
 
     def _input_error(self, error: Exception) -> InputError:
         status = getattr(error, "status_code", None)
-        reason = str((status is None and error.__cause__) or error).replace(self._key, "***")
+        reason = str((status is None and error.__cause__) or error)
+        if self._key != NO_KEY:
+            reason = reason.replace(self._key, "***")
         reason = " ".join(reason.split())[:MAX_REASON]
         if status in REFUSED_PROMPT:
             return RefusedPromptError(f"status {status} ({reason})")
@@ -140,7 +153,7 @@ class CompletionClient:
         else:
             hint = "after the retries, expected an answer"
         found = "no answer" if status is None else f"status {status}"
-        return InputError(f"{self._client.base_url}: found {found} ({reason}) {hint}; {KEPT}")
+        return InputError(f"{self.base_url}: found {found} ({reason}) {hint}; {KEPT}")
 
 
 def _parse_completion(body: str, num_retries: int) -> Completion:
@@ -164,54 +177,48 @@ def complete_all(
     client: CompletionClient,
     requests: Mapping[Prompt, list[dict[str, Any]]],
     *,
+    keep: Callable[[Prompt, list[Completion]], None],
     concurrency: int,
     skip_refused: bool,
-) -> Iterator[tuple[Prompt, list[Completion]]]:
+) -> None:
     """Sends the requests of many prompts, those of one prompt one after another.
+
+    After a failure, and on Ctrl-C, no new prompt is begun; those under way are waited for and kept.
 
     Args:
         requests: prompt -> its requests, one a response.
+        keep: is given each prompt with its completions as soon as it has them all, in any order, one at a time. It
+            runs in the thread that asked, where no Ctrl-C comes between answer and disk.
         concurrency: prompts, and so requests, at a time.
-        skip_refused: a refused prompt comes back without completions instead of ending the run.
-
-    Yields:
-        Prompt and completions as they arrive, in any order. After a failure no new prompt is begun; those under way
-        are waited for and yielded before the error is raised.
+        skip_refused: a refused prompt is named and passed over instead of ending the run.
 
     Raises:
         InputError: the server gave up on us, or refused a prompt.
     """
-    failure: InputError | None = None
-    with ThreadPoolExecutor(concurrency) as pool:
-        prompts = {pool.submit(lambda rs: [client.complete(r) for r in rs], rs): p for p, rs in requests.items()}
-        try:
-            for future in as_completed(prompts):
-                if future.cancelled():
-                    continue
-                prompt, error = prompts[future], future.exception()
-                if error is None:
-                    yield prompt, future.result()
-                elif isinstance(error, RefusedPromptError) and skip_refused:
-                    logger.warning("%s, id %s: refused with %s", prompt.place, prompt.query_id, error)
-                    yield prompt, []
-                elif isinstance(error, InputError):
-                    failure = failure or _named(error, prompt)
-                    _cancel(prompts)
-                else:
-                    raise error
-        finally:
-            _cancel(prompts)
-    if failure:
-        raise failure
+    lock = threading.Lock()
+
+    def ask(prompt: Prompt) -> None:
+        completions = [client.complete(request) for request in requests[prompt]]
+        with lock:
+            keep(prompt, completions)
+
+    pool = ThreadPoolExecutor(concurrency)
+    try:
+        prompts = {pool.submit(ask, prompt): prompt for prompt in requests}
+        for future in as_completed(prompts):
+            prompt, error = prompts[future], future.exception()
+            if isinstance(error, RefusedPromptError) and skip_refused:
+                logger.warning("%s, id %s: refused with %s", prompt.place, prompt.query_id, error)
+            elif error is not None:
+                raise _name_prompt(error, prompt)
+    except KeyboardInterrupt:
+        logger.warning("interrupted: waiting for the answers under way, which are kept")
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def _cancel(futures: Iterable[Future]) -> None:
-    """Takes back what has not begun."""
-    for future in futures:
-        future.cancel()
-
-
-def _named(error: InputError, prompt: Prompt) -> InputError:
+def _name_prompt(error: BaseException, prompt: Prompt) -> BaseException:
     if not isinstance(error, RefusedPromptError):
         return error
     return InputError(

@@ -1,7 +1,9 @@
 """Seeded sampling from an LLM on this machine: the same seed gives the same responses on any number of processes.
 
 Every response has a random stream of its own, whose seed comes from its prompt and its number. Batches are formed over
-the whole file and processes share whole ones, so what a batch computes is the same, down to rounding, whoever does it.
+the whole file and processes share whole ones, so whoever computes a batch computes the same, as long as it does so
+with the same number of threads. Another batch size changes the rounding: in float32 responses stay the same, in
+bfloat16 rounding may flip a token.
 
 B prompts, N = B x samples sequences, T tokens, V vocabulary.
 """
@@ -35,7 +37,7 @@ from transformers import (
 )
 
 from preference_records import InputError
-from responses import Decoding, Prompt, sample_seed
+from responses import Decoding, Prompt, derive_seed
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,10 @@ MARKER_TOKENS = 16  # hold any marker of a next turn, even byte by byte
 
 
 # ------------------------------------------------------------------------------------------------ loading
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split("\n", maxsplit=1)[0].split()) or type(error).__name__
 
 
 def load_tokenizer(path: str, template: str) -> PreTrainedTokenizerBase:
@@ -53,8 +59,8 @@ def load_tokenizer(path: str, template: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # the tokenizers library raises bare ones for a tokenizer.json it cannot read
+        raise InputError(f"{path}: no usable tokenizer ({_reason(error)})") from error
     if template == "chat" and not tokenizer.chat_template:
         raise InputError(f"{path}: found no chat template in the tokenizer; --prompt_template plain needs none")
     tokenizer.model_max_length = int(1e30)  # lengths are ours to check
@@ -70,7 +76,7 @@ def load_llm(path: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTr
     try:
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise InputError(f"{path}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise InputError(f"{path}: the weights cannot be loaded ({_reason(error)})") from error
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"{path}: the checkpoint lacks weights ({names}); expected a complete language model")
@@ -192,9 +198,9 @@ def _tensors(token_ids: list[list[int]], device: torch.device) -> tuple[Tensor, 
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     token_ids: list[list[int]],
     seeds: list[int],
-    *,
     decoding: Decoding,
     markers: tuple[str, ...],
 ) -> list[str]:
@@ -232,10 +238,10 @@ def generate(
 def sample_batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     prompts: list[Prompt],
     token_ids: list[list[int]],
     batches: list[list[int]],
-    *,
     decoding: Decoding,
     seed: int,
     markers: tuple[str, ...],
@@ -247,10 +253,10 @@ def sample_batches(
     """
     num_samples = decoding.num_samples
     for batch in batches:
-        seeds = [sample_seed(seed, prompts[i].query_id, sample) for i in batch for sample in range(num_samples)]
-        batch_ids = [token_ids[i] for i in batch]
+        seeds = [derive_seed(seed, prompts[i].query_id, sample) for i in batch for sample in range(num_samples)]
+        inputs = {"token_ids": [token_ids[i] for i in batch], "seeds": seeds}
         try:
-            texts = generate(model, tokenizer, batch_ids, seeds, decoding=decoding, markers=markers)
+            texts = generate(model, tokenizer, **inputs, decoding=decoding, markers=markers)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"{len(batch)} prompts x {num_samples} samples at a time do not fit into the GPU's memory; expected a "

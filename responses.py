@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 TEMPLATES = ("plain", "llama-2-chat", "chat")
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 TURN = re.compile(rf"\n\n({'|'.join(ROLES)}):")
-NEXT_TURN = "\nHuman"
+GOLDEN_MARKERS = ("\nHuman:",)  # where a strong model goes on to play the user: "\nHumans need water" is an answer
+SAMPLE_MARKERS = ("\nHuman",)  # the reference's rule for the LLM's samples
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -46,6 +47,11 @@ class Prompt:
     place: str
     query_id: str
     query: str
+
+    @property
+    def key(self) -> str:
+        """What tells it from other prompts, and from itself before it was mended: kept answers stand under it."""
+        return hashlib.sha256(json.dumps([self.query_id, self.query]).encode()).hexdigest()[:32]
 
 
 def load_prompts(path: str | Path, data_type: str | None = None) -> list[Prompt]:
@@ -91,23 +97,27 @@ def _parse_queries(path: str | Path, placed: list[tuple[str, dict[str, Any]]]) -
     return prompts
 
 
-def prompts_sha256(prompts: list[Prompt]) -> str:
+def hash_prompts(prompts: list[Prompt]) -> str:
     """Identifies the ids and texts of all prompts, whatever the format of their file."""
     return hashlib.sha256(json.dumps([(p.query_id, p.query) for p in prompts]).encode()).hexdigest()
 
 
 def answered_prompts(prompts: list[Prompt], responses: Mapping[str, list[str]]) -> list[Prompt]:
-    """Returns the prompts that have responses, in order, and names the others, which the server refused.
+    """Returns the prompts whose key has responses, in order, and names the others, which the server refused.
 
     Raises:
         InputError: none has.
     """
-    refused = [prompt.query_id for prompt in prompts if not responses[prompt.query_id]]
+    refused = [prompt.query_id for prompt in prompts if prompt.key not in responses]
     if len(refused) == len(prompts):
         raise InputError(f"the server refused all {len(prompts)} prompts; expected an answer to at least one")
     if refused:
-        logger.warning("%d prompts refused by the server, left out: %s", len(refused), first_few(refused))
-    return [prompt for prompt in prompts if responses[prompt.query_id]]
+        logger.warning(
+            "%d prompts refused by the server, left out: %s; the same command asks them again",
+            len(refused),
+            first_few(refused),
+        )
+    return [prompt for prompt in prompts if prompt.key in responses]
 
 
 def chat_messages(query: str) -> list[dict[str, str]]:
@@ -166,27 +176,35 @@ def render_prompts(path: str, prompts: list[Prompt], template: str) -> list[str 
     return rendered
 
 
-def next_turns(template: str) -> tuple[str, ...]:
-    """What a model writes when it goes on to play the user."""
-    return (NEXT_TURN, "[INST]") if template == "llama-2-chat" else (NEXT_TURN,)
+def list_turn_markers(template: str) -> tuple[str, ...]:
+    """Returns what an LLM writes when it goes on to play the user."""
+    return (*SAMPLE_MARKERS, "[INST]") if template == "llama-2-chat" else SAMPLE_MARKERS
 
 
-def as_response(text: str, next_turns: tuple[str, ...] = (NEXT_TURN,)) -> str:
+def count_cuts(texts: Iterable[str], markers: tuple[str, ...]) -> int:
+    """Counts the texts that `format_response` cuts."""
+    return sum(any(marker in text for marker in markers) for text in texts)
+
+
+def format_response(text: str, markers: tuple[str, ...]) -> str:
     """Brings a model's text into the form of a response in the data: cut where it goes on to play the user, no white
     space at the end, one space in front.
 
     Golden and sampled responses must not differ in this, or a reward model learns the space instead of the content.
     An empty answer stays empty. Half a surrogate pair, which no file can hold, becomes a question mark.
     """
-    for next_turn in next_turns:
-        text = text.split(next_turn, maxsplit=1)[0]
+    for marker in markers:
+        text = text.split(marker, maxsplit=1)[0]
     text = text.encode(errors="replace").decode().strip()
     return f" {text}" if text else ""
 
 
-def sample_seed(seed: int, query_id: str, sample: int) -> int:
-    """The seed of one response, in [0, 2**31): it depends on nothing but the run's seed, the prompt's id and the
-    number of the sample, so not on order, batches or processes."""
+def derive_seed(seed: int, query_id: str, sample: int) -> int:
+    """Returns the seed of one response, in [0, 2**31).
+
+    It depends on nothing but the run's seed, the prompt's id and the number of the sample, so not on order, batches or
+    processes.
+    """
     key = json.dumps([seed, query_id, sample]).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:4]) >> 1
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TREE_ATTENTIONS = ("tree_branches", "tree_flex", "tree_mask")
+MAX_PADDING = 1.5  # of the attention of branches; more calls cost more than that
 
 
 # ------------------------------------------------------------------------------------------------ the tree
@@ -151,27 +153,86 @@ def prepare_attention(tree: dict[str, Tensor], attention_mask: Tensor, kind: str
     return prepare[kind](tree, attention_mask)
 
 
-def _prepare_branches(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
-    """The new tokens of one sequence after another attend to the path of that sequence."""
+@dataclass(frozen=True)
+class Branch:
+    """A sequence of `length` tokens, new in the row from position `start`, queried from `first`, 0 or `start`."""
+
+    sequence: int
+    length: int
+    start: int
+    first: int
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call for n branches: `query_index` (n, Q) and `key_index` (n, K), rows of the tree; `mask` (n, 1, Q, K), or
+    None for causal attention over whole paths; `is_new` (n, Q), the queries whose output is wanted."""
+
+    query_index: Tensor
+    key_index: Tensor
+    mask: Tensor | None
+    is_new: Tensor
+
+
+def _group_branches(tree: dict[str, Tensor], attention_mask: Tensor) -> list[list[Branch]]:
+    """Divides the branches into groups for one call of attention each.
+
+    A path that is mostly new is queried as a whole, which causal attention does at half the price. A group grows while
+    what it attends to, padding included, stays below `MAX_PADDING` times what its branches need.
+    """
     lengths = attention_mask.sum(-1).tolist()
-    branches = [(i, num_new) for i, num_new in tree["branches"].tolist() if num_new]
-    new_lengths, path_lengths = [num_new for _, num_new in branches], [lengths[i] for i, _ in branches]
-    path_indices = torch.cat([tree["paths"][i, : lengths[i]] for i, _ in branches])
-    masks = [  # (new, path), none where the whole path is new and plain causal attention does
-        torch.ones(num_new, length, dtype=torch.bool, device=path_indices.device).tril(length - num_new)
-        if num_new < length
-        else None
-        for num_new, length in zip(new_lengths, path_lengths, strict=True)
-    ]
+    branches = []
+    for i, num_new in tree["branches"].tolist():
+        start = lengths[i] - num_new
+        if num_new:
+            branches.append(Branch(i, lengths[i], start, first=0 if 2 * start < lengths[i] else start))
+    groups: list[list[Branch]] = []
+    needed = 0
+    for branch in sorted(branches, key=lambda b: (b.first > 0, b.first - b.length, -b.length)):
+        needed += (branch.length - branch.first) * branch.length
+        if groups and (groups[-1][0].first > 0) == (branch.first > 0):
+            members = [*groups[-1], branch]
+            widest = max(b.length - b.first for b in members) * max(b.length for b in members)
+            if len(members) * widest <= MAX_PADDING * needed:
+                groups[-1].append(branch)
+                continue
+        groups.append([branch])
+        needed = (branch.length - branch.first) * branch.length
+    return groups
+
+
+def _make_call(paths: Tensor, group: list[Branch]) -> AttentionCall:
+    fields = [[b.sequence, b.length, b.start, b.first] for b in group]
+    sequence, length, start, first = torch.tensor(fields, device=paths.device).unbind(1)  # (n,) each
+    num_queries, num_keys = int((length - first).max()), int(length.max())
+    position = first[:, None] + torch.arange(num_queries, device=paths.device)  # (n, Q)
+    mask = torch.arange(num_keys, device=paths.device) <= position[:, :, None]  # (n, Q, K)
+    return AttentionCall(
+        query_index=paths[sequence].gather(1, position.clamp(max=paths.shape[1] - 1)),
+        key_index=paths[sequence, :num_keys],
+        mask=mask[:, None] if group[0].first else None,
+        is_new=(position >= start[:, None]) & (position < length[:, None]),
+    )
+
+
+def _prepare_branches(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
+    """The new tokens of each sequence attend to its path, sequences of similar lengths in one call."""
+    calls = [_make_call(tree["paths"], group) for group in _group_branches(tree, attention_mask)]
+    rows = torch.cat([call.query_index[call.is_new] for call in calls])
+    sources = torch.cat([call.is_new.flatten() for call in calls]).nonzero().squeeze(1)[rows.argsort()]  # (S,)
+
+    def take(states: Tensor, index: Tensor) -> Tensor:
+        return states.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)  # (n, H, tokens, ...)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        keys = key.index_select(2, path_indices).split(path_lengths, dim=2)
-        values = value.index_select(2, path_indices).split(path_lengths, dim=2)
-        outputs = [
-            F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling)
-            for q, k, v, mask in zip(query.split(new_lengths, dim=2), keys, values, masks, strict=True)
-        ]
-        return torch.cat(outputs, dim=2)
+        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (S, H, head size)
+        outputs = []
+        for call in calls:
+            q, k, v = take(query, call.query_index), take(key, call.key_index), take(value, call.key_index)
+            causal = call.mask is None
+            output = F.scaled_dot_product_attention(q, k, v, call.mask, is_causal=causal, scale=scaling)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).index_select(0, sources).transpose(0, 1)[None]
 
     return attend
 

@@ -100,19 +100,19 @@ def test_a_changed_question_is_asked_anew(annotate, server):
 
 
 def test_the_estimate_comes_before_the_first_request(annotate, server, caplog, tmp_path):
-    """Each prompt "What is 0?" is 10 characters: 3 tokens, and 4 for the message; 5 x 7 = 35 in, 5 x 4 = 20 out; at
-    2 and 10 a million: 0.00007 + 0.0002."""
+    """Each prompt "What is 0?" is 10 bytes: 4 tokens, and 4 for the message; 5 x 8 = 40 in, 5 x 4 = 20 out; at
+    2 and 10 a million: 0.00008 + 0.0002."""
     caplog.set_level("INFO")
     annotate(dry_run=[], price_per_million_input=2, price_per_million_output=10)
-    expected = "5 prompts to ask, at most about 35 prompt tokens and 20 completion tokens: 0.00 at the given prices"
+    expected = "5 prompts to ask, at most about 40 prompt tokens and 20 completion tokens: 0.00 at the given prices"
     assert expected in caplog.text
     assert server.requests == [] and list(tmp_path.glob("g*")) == []
 
 
 def test_estimate_and_cost_by_hand():
-    """5 characters are 2 tokens; with 4 for each of two messages, and 1 for 4 characters: 2 + 4 + 1 + 4 = 11."""
-    dialogue = [{"role": "system", "content": "12345"}, {"role": "user", "content": "1234"}]
-    assert estimate_prompt_tokens([dialogue]) == 11
+    """5 bytes are 2 tokens, two characters of 3 bytes as well; with 4 for each of two messages: 2 + 4 + 2 + 4 = 12."""
+    dialogue = [{"role": "system", "content": "12345"}, {"role": "user", "content": "什么"}]
+    assert estimate_prompt_tokens([dialogue]) == 12
     cost = describe_cost(2_000_000, 1_000, (2.5, 10.0))
     assert cost == "2,000,000 prompt tokens and 1,000 completion tokens: 5.01 at the given prices"
     assert describe_cost(1, 2, None) == "1 prompt tokens and 2 completion tokens"
@@ -123,6 +123,76 @@ def test_refused_prompts_can_be_left_out(annotate, server, caplog):
     golden = read_json(annotate(skip_refused=[]))
     assert [record["query_id"] for record in golden] == ["0", "1", "2", "4"]
     assert "1 prompts refused by the server, left out: 3" in caplog.text
+
+
+def test_refused_prompts_are_asked_again_by_the_next_run(annotate, server, tmp_path):
+    """Refused twice, then by a mended server no more: only the refused one is asked, each time."""
+    server.refused_text = "What is 3"
+    annotate(skip_refused=[])
+    for refused_text, ids in (("What is 3", "0124"), ("", "01234")):
+        server.requests, server.refused_text = [], refused_text
+        assert [record["query_id"] for record in read_json(annotate(skip_refused=[]))] == list(ids)
+        assert len(server.requests) == 1
+    assert sorted(file.name for file in tmp_path.glob("g.*")) == ["g.json", "g.settings.json"]
+    server.requests = []
+    annotate()
+    assert server.requests == []
+
+
+def test_a_mended_prompt_loses_no_other_answer(annotate, server, tmp_path):
+    """The run ends at the refusal of prompt 3, which is then made another; no answered one is asked again."""
+    server.refused_text = "What is 3"
+    with pytest.raises(SystemExit):
+        annotate(concurrency=1)
+    answered = [body["messages"] for body in server.answered()]
+    assert 3 <= len(answered) <= 4
+    mended = [*PROMPTS[:3], "\n\nHuman: What is three?\n\nAssistant:", PROMPTS[4]]
+    write_records(tmp_path / "p.json", [pair(q, query_id=str(i)) for i, q in enumerate(mended)])
+    server.requests = []
+    assert [record["query"] for record in read_json(annotate(concurrency=1))] == mended
+    asked = [request["body"]["messages"] for request in server.requests]
+    assert len(asked) == 5 - len(answered) and not [messages for messages in asked if messages in answered]
+
+
+def test_a_finished_result_is_gone_on_with_when_prompts_come_and_go(annotate, server, tmp_path):
+    before = {record["query"]: record["golden"] for record in read_json(annotate())}
+    queries = [PROMPTS[4], "\n\nHuman: New?\n\nAssistant:", PROMPTS[1]]
+    write_records(tmp_path / "p.json", [pair(q, query_id=id_) for q, id_ in zip(queries, "4n1", strict=True)])
+    server.requests = []
+    records = read_json(annotate())
+    assert [record["query"] for record in records] == queries and len(server.requests) == 1
+    assert [records[i]["golden"] for i in (0, 2)] == [before[PROMPTS[4]], before[PROMPTS[1]]]
+
+
+def test_another_address_is_recorded_and_named_and_loses_nothing(annotate, server, tmp_path, caplog):
+    annotate()
+    assert read_json(tmp_path / "g.settings.json")["base_url"] == server.base_url
+    server.requests = []
+    annotate(base_url=server.base_url.replace("127.0.0.1", "localhost"))
+    assert server.requests == [] and f"base_url was {server.base_url} for what is kept" in caplog.text
+
+
+def test_lines_about_humans_stay_and_cut_answers_are_counted(annotate, server, monkeypatch, caplog):
+    monkeypatch.setattr(server, "complete", lambda body: "Yes:\nHumans need water.\n\nHuman: And?")
+    assert {record["golden"] for record in read_json(annotate())} == {" Yes:\nHumans need water."}
+    assert "5 answers cut where they go on to play the user" in caplog.text
+
+
+def test_the_prompts_are_not_overwritten(annotate, server, tmp_path, capsys):
+    before = (tmp_path / "p.json").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        annotate("p.json")
+    assert ended.value.code == 2 and "found the data to read where the result goes" in capsys.readouterr().err
+    assert (tmp_path / "p.json").read_bytes() == before and server.requests == []
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_first_request(annotate, server, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        annotate("file/g.json")
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and "file/g.json: cannot be written" in error and "Traceback" not in error
+    assert server.requests == []
 
 
 @pytest.mark.parametrize(

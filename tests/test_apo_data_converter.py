@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from preference_records import InputError
+from responses import GOLDEN_MARKERS, SAMPLE_MARKERS
 from tools.apo_data_converter import convert, cut_next_turn, read_golden, read_samples
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
@@ -105,8 +106,19 @@ def test_samples_come_in_numeric_order_whatever_their_number(files):
 
 
 def test_answer_is_stripped_only_where_it_is_cut():
-    assert cut_next_turn(" Yes. \n\nHuman: And?\n\nHuman: Hm") == "Yes."
-    assert cut_next_turn("  Yes.\n") == "  Yes.\n"
+    for markers in (GOLDEN_MARKERS, SAMPLE_MARKERS):
+        assert cut_next_turn(" Yes. \n\nHuman: And?\n\nHuman: Hm", markers) == "Yes."
+        assert cut_next_turn("  Yes.\n", markers) == "  Yes.\n"
+
+
+def test_lines_about_humans_are_cut_from_samples_only_and_cuts_are_counted(files, tmp_path):
+    answer = " Yes:\nHumans need water."
+    paths = files([golden(1, answer), golden(2, "Yes.\nHuman: And?")], [sampled(i, answer, " No.") for i in (1, 2)])
+    flags = ["--golden_data_path", paths[0], "--sample_data_path", paths[1], "--output_dir", tmp_path]
+    done = run_tool(*flags, "--apo_data_name", "x")
+    assert "cut where they go on to play the user: 1 golden, 2 sampled answers" in done.stderr
+    items = json.loads((tmp_path / "x_text_scores.json").read_text(encoding="utf-8"))
+    assert items[0]["text"] == [f"{QUERY}<sep>{answer}", f"{QUERY}<sep>Yes:"]
 
 
 def test_unmatched_ids_are_counted_and_named(files, tmp_path):

@@ -21,9 +21,9 @@ from tools.build_hh_split import (
     MANIFEST,
     download,
     group_by_prompt,
+    normalize_space,
     partition,
     remove_prompts,
-    same,
     split_dialogue,
     to_record,
 )
@@ -102,6 +102,9 @@ def test_what_makes_no_pair_is_dropped_and_counted_by_reason():
         {"chosen": "So.", "rejected": "No."},
         dialogues("How?", " So.", " <sep>No."),
         dialogues("How <sep>?"),
+        dialogues(" "),
+        dialogues("How?\n\nAssistant: So."),
+        {"chosen": "\n\nAssistant: So.", "rejected": "\n\nAssistant: No."},
     )
     assert [[(pair.chosen, pair.rejected) for pair in pairs] for pairs in groups.values()] == [
         [(" Yes.", " No."), (" No.", " Yes.")],
@@ -114,13 +117,14 @@ def test_what_makes_no_pair_is_dropped_and_counted_by_reason():
         "identical responses": 1,
         "no response at the end": 3,
         "<sep> in the text": 2,
+        "no question at the end": 3,
     }
 
 
 def test_training_prompts_that_are_in_test_are_removed_and_their_pairs_counted():
     train, dropped = group(dialogues("a"), dialogues("b"), dialogues("b", " So."), dialogues("c"))
     test, _ = group(dialogues("b\n"), dialogues("d"))
-    assert list(remove_prompts(train, test, dropped)) == [same(prompt("a")), same(prompt("c"))]
+    assert list(remove_prompts(train, test, dropped)) == [normalize_space(prompt("a")), normalize_space(prompt("c"))]
     assert dropped == {"prompt also in test": 2}
 
 
@@ -163,8 +167,10 @@ WORDS = st.sampled_from(["a", "b", " b", "a\nb", "é", "🙂", "", " ", "<sep>",
 RECORDS = st.fixed_dictionaries({"chosen": WORDS, "rejected": WORDS, "text": st.integers(0, 12).map(str) | WORDS})
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(RECORDS, max_size=60), st.lists(RECORDS, max_size=8), st.integers(1, 9), st.integers(1, 9))
+@settings(deadline=None, max_examples=200)
+@given(
+    st.lists(RECORDS, min_size=20, max_size=60), st.lists(RECORDS, max_size=8), st.integers(1, 9), st.integers(1, 4)
+)
 def test_no_prompt_is_on_two_sides(train_records, test_records, rm_size, valid_size):
     """For any data: no prompt in two parts, no pair lost or doubled, no part too large, and less than its size only
     where no prompt that fits is left.
@@ -179,12 +185,12 @@ def test_no_prompt_is_on_two_sides(train_records, test_records, rm_size, valid_s
         parts = partition(train, sizes, seed=0)
     except InputError:
         return
-    sides = [{same(pair.prompt) for pair in pairs} for pairs in parts.values()] + [set(test)]
+    sides = [{normalize_space(pair.prompt) for pair in pairs} for pairs in parts.values()] + [set(test)]
     assert sum(map(len, sides)) == len(set().union(*sides)) == len(train) + len(test)
     ids = [pair.query_id for pairs in parts.values() for pair in pairs]
     assert len(ids) == len(set(ids)) == sum(map(len, train.values()))
     assert all(len(parts[name]) <= size for name, size in sizes.items())
-    smallest_left = min(len(train[same(pair.prompt)]) for pair in parts["llm"])
+    smallest_left = min(len(train[normalize_space(pair.prompt)]) for pair in parts["llm"])
     assert all(len(parts[name]) + smallest_left > size for name, size in sizes.items())
 
 

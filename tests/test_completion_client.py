@@ -6,6 +6,7 @@ import time
 import pytest
 from completion_server import CompletionServer, running
 
+import completion_client
 from completion_client import CompletionClient, check_server_flags, complete_all
 from preference_records import InputError
 from responses import Prompt
@@ -32,7 +33,10 @@ def ask(server: CompletionServer, num_prompts: int = 6, num_samples: int = 2, sk
     requests = {
         p: [{"model": "m", "prompt": p.query, "max_tokens": 4, "seed": s} for s in range(num_samples)] for p in prompts
     }
-    answers = list(complete_all(client, requests, concurrency=3, skip_refused=skip_refused))
+    answers = []
+    complete_all(
+        client, requests, keep=lambda *answer: answers.append(answer), concurrency=3, skip_refused=skip_refused
+    )
     assert len(answers) == len({prompt.query_id for prompt, _ in answers})
     return {prompt.query_id: [completion.text for completion in completions] for prompt, completions in answers}
 
@@ -91,12 +95,19 @@ def test_the_key_is_sent_and_never_shown(server, caplog):
     assert caught.value.__cause__ is None
 
 
+def test_without_a_key_messages_stay_as_they_are(server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    server.failures = ["401"]
+    with pytest.raises(InputError, match="you are Bearer none"):
+        ask(server, num_prompts=1)
+
+
 @pytest.mark.parametrize(
     ("failures", "message"),
     [
         (["404"], "found status 404 .*the name of a model served there"),
         (["500"] * 9, "found status 500 .*after the retries"),
-        (["half"] * 9, r"found an answer that cannot be read \(JSONDecodeError.* 2 times"),
+        (["half"] * 9, r"found an answer that cannot be read \(JSONDecodeError.* in 2 tries"),
         (["429 999"], "found status 429 "),
     ],
 )
@@ -105,6 +116,14 @@ def test_what_no_retry_mends_is_one_line(server, failures, message):
     with pytest.raises(InputError, match=message) as caught:
         ask(server, num_prompts=1, max_retries=1)
     assert "\n" not in str(caught.value) and "all answers so far are kept" in str(caught.value)
+
+
+@pytest.mark.parametrize("failures", [["half"] * 9, ["half", "500"] * 9, ["500", "half"] * 9, ["500"] * 9])
+def test_all_retries_are_counted_together(server, failures):
+    server.failures = failures
+    with pytest.raises(InputError, match="all answers so far are kept"):
+        ask(server, num_prompts=1, max_retries=2)
+    assert len(server.requests) == 3
 
 
 def test_an_unreachable_server_is_one_line(server):
@@ -116,13 +135,48 @@ def test_an_unreachable_server_is_one_line(server):
 def test_answers_under_way_at_a_failure_are_not_lost(server):
     """The second of three requests at a time fails for good: what was sent and answered comes, and little new is."""
     server.failures = ["slow", "404", "slow"]
+    came = []
+    with pytest.raises(InputError, match="404"):
+        ask_twenty(server, lambda prompt, _: came.append(prompt.query))
+    assert 2 <= len(came) == len(server.requests) - 1 < 10
+
+
+def ask_twenty(server: CompletionServer, keep) -> None:
     client = CompletionClient(server.base_url, timeout=20, max_retries=0)
     prompts = [Prompt("", str(i), f"prompt {i}") for i in range(20)]
     requests = {p: [{"model": "m", "prompt": p.query, "max_tokens": 4}] for p in prompts}
+    complete_all(client, requests, keep=keep, concurrency=3, skip_refused=False)
+
+
+def test_answers_under_way_at_ctrl_c_are_kept(server, monkeypatch, caplog):
+    """Interrupted after the first answer while the others take two seconds: all that was answered is kept."""
+    server.failures = ["", "slow", "slow"]
+
+    def interrupted(futures):
+        yield next(as_completed(futures))
+        raise KeyboardInterrupt
+
+    as_completed = completion_client.as_completed
+    monkeypatch.setattr(completion_client, "as_completed", interrupted)
     came = []
-    with pytest.raises(InputError, match="404"):
-        came.extend(complete_all(client, requests, concurrency=3, skip_refused=False))
-    assert 2 <= len(came) == len(server.requests) - 1 < 10
+    with pytest.raises(KeyboardInterrupt):
+        ask_twenty(server, lambda prompt, _: came.append(prompt.query))
+    assert sorted(came) == sorted(request["body"]["prompt"] for request in server.requests)
+    assert 3 <= len(came) < 20 and "interrupted: waiting for the answers under way" in caplog.text
+
+
+def test_an_answer_that_cannot_be_kept_loses_no_other(server):
+    server.failures = ["", "slow", "slow"]
+    came = []
+
+    def keep(prompt: Prompt, _: list) -> None:
+        came.append(prompt.query)
+        if len(came) == 1:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        ask_twenty(server, keep)
+    assert 3 <= len(came) == len(server.requests) < 20
 
 
 def test_a_refused_prompt_ends_the_run_and_is_named(server):
@@ -133,7 +187,7 @@ def test_a_refused_prompt_ends_the_run_and_is_named(server):
 
 def test_a_refused_prompt_can_be_skipped(server, undisturbed):
     server.refused_text = "prompt 4"
-    assert ask(server, skip_refused=True) == {**undisturbed, "4": []}
+    assert ask(server, skip_refused=True) == {key: texts for key, texts in undisturbed.items() if key != "4"}
 
 
 def test_chat_goes_to_the_chat_endpoint(server):
@@ -176,6 +230,11 @@ def test_a_key_with_a_line_end_is_used_without_it(server, monkeypatch):
     with pytest.raises(InputError, match="OPENAI_API_KEY: found characters") as caught:
         ask(server, num_prompts=1)
     assert KEY not in str(caught.value)
+
+
+def test_the_address_is_recorded_without_password(server):
+    address = server.base_url.replace("http://", "http://me:secret@") + "/"
+    assert CompletionClient(address, timeout=1, max_retries=0).base_url == server.base_url
 
 
 def test_an_address_that_is_none_is_refused():

@@ -74,7 +74,9 @@ def run_tool(options: dict[str, object], num_processes: int = 0) -> subprocess.P
 
 
 def num_finished(folder: Path) -> int:
-    return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.partial.jsonl"))
+    """Whole lines that are parts, not notes."""
+    lines = [line for path in folder.glob("*.partial.jsonl") for line in path.read_bytes().split(b"\n")[:-1]]
+    return sum(line.startswith(b"[") for line in lines)
 
 
 # ------------------------------------------------------------------------------------------------ the result
@@ -119,13 +121,17 @@ def test_the_seed_decides(sample):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_processes_share_the_work_and_the_last_one_writes(sample, order):
+def test_processes_share_the_work_and_the_last_one_writes(sample, order, caplog):
     """Each process in turn, as far apart in time as can be."""
     expected = sample("alone").read_bytes()
+    caplog.set_level("INFO")
     for rank in order[:-1]:
         assert not sample("shared", rank=rank, world=3).exists()
+    first = {0: "3", 2: "2"}[order[0]]  # batches of 2, 2, 2, 1 prompts: process 0 has the first and the last
+    assert f"{first} of 7 prompts answered here and before; the result is written by the process" in caplog.text
+    caplog.clear()
     path = sample("shared", rank=order[-1], world=3)
-    assert path.read_bytes() == expected
+    assert path.read_bytes() == expected and "answered here and before" not in caplog.text
     assert list(path.parent.glob("*.partial.jsonl")) == []
 
 
@@ -168,7 +174,7 @@ def test_interrupted_run_goes_on(sample, monkeypatch, num_prompts, caplog):
         path.write_bytes(path.read_bytes()[:-3])
     sample("broken", rank=0, world=2, per_device_eval_batch_size=3)
     assert sample("broken", rank=1, world=2, per_device_eval_batch_size=3).read_bytes() == expected
-    assert (f"{num_prompts - 1} of 7 prompts were answered before" in caplog.text) == (num_prompts > 1)
+    assert (f"{num_prompts - 1} of 7 prompts were done before" in caplog.text) == (num_prompts > 1)
 
 
 def test_what_is_there_is_not_computed_again(sample, monkeypatch, capsys):
@@ -294,6 +300,25 @@ def test_refused_prompts_are_left_out_when_asked_for(sample, server, capsys):
     assert "error: record 2, id id 1: the server refused it with status 400" in capsys.readouterr().err
     records = read_json(sample(**on(server, skip_refused=[])))
     assert [r["query_id"] for r in records] == ["id 0", "id 2", "id 3", "id 4", "id 5", "id 6"]
+    server.requests, server.refused_text = [], ""
+    assert [r["query_id"] for r in read_json(sample(**on(server)))] == [f"id {i}" for i in range(7)]
+    assert len(server.requests) == 2
+
+
+def test_a_changed_prompt_is_all_that_a_server_is_asked_again(sample, server, data):
+    before = read_json(sample(**on(server)))
+    write_records(data, [pair(q, query_id=f"id {i}") for i, q in enumerate([*PROMPTS[:6], "Another?"])])
+    server.requests = []
+    after = read_json(sample(**on(server)))
+    assert after[:6] == before[:6] and after[6]["query"] == "Another?"
+    assert {request["body"]["prompt"] for request in server.requests} == {"Another?"}
+
+
+def test_answers_that_play_the_user_are_cut_and_counted(sample, server, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(server, "complete", lambda body: f"{body['seed']}\nHumans")
+    assert not any("Human" in r["sample_0"] for r in read_json(sample(**on(server))))
+    assert "14 answers cut where they go on to play the user" in caplog.text
 
 
 def test_the_key_is_in_no_file(sample, server, tmp_path, capsys):
@@ -330,6 +355,24 @@ def test_wrong_input_is_one_line_and_status_2(sample, changes, message, capsys, 
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_result_that_would_go_where_the_data_are_is_refused(sample, data, tmp_path, capsys, server):
+    path = tmp_path / "out" / f"{NAME}_results.json"
+    write_records(path, read_json(data))
+    for changes in ({}, on(server)):
+        with pytest.raises(SystemExit) as ended:
+            sample(data_path=path, data_suffix="p", **changes)
+        assert ended.value.code == 2 and "found the data to read where" in capsys.readouterr().err
+    assert read_json(path) == read_json(data)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_the_model_loads(sample, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llm_sampling.load_llm", None)
+    (tmp_path / "out").write_text("")
+    with pytest.raises(SystemExit) as ended:
+        sample()
+    assert ended.value.code == 2 and "cannot be written" in capsys.readouterr().err
 
 
 def test_bad_records_are_named(sample, data, capsys):

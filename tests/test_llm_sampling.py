@@ -15,7 +15,6 @@ from llm_sampling import (
     generate,
     load_llm,
     load_tokenizer,
-    model_version,
     sample_batches,
     sampling_steps,
     tokenize,
@@ -37,6 +36,10 @@ MARKERS = ("\nHuman",)
 def llm(base_llama):
     tokenizer = load_tokenizer(str(base_llama), "plain")
     return load_llm(str(base_llama), "float32", tokenizer), tokenizer
+
+
+def continue_prompts(llm, token_ids: list[list[int]], seeds: list[int], **options) -> list[str]:
+    return generate(*llm, token_ids=token_ids, seeds=seeds, **options)
 
 
 def test_noise_makes_the_argmax_a_draw():
@@ -68,9 +71,9 @@ def test_a_response_does_not_depend_on_its_batch(llm, change):
     """Not on the rows beside it, the padding they bring, or its place; the penalty does not see the padding."""
     token_ids = tokenize(llm[1], QUERIES, "plain", 64)
     options = {"decoding": replace(DECODING, **change), "markers": MARKERS}
-    alone = [generate(*llm, [ids], [seed], **options)[0] for seed, ids in enumerate(token_ids)]
-    assert generate(*llm, token_ids, [0, 1, 2, 3], **options) == alone
-    assert generate(*llm, token_ids[::-1], [3, 2, 1, 0], **options) == alone[::-1]
+    alone = [continue_prompts(llm, [ids], [seed], **options)[0] for seed, ids in enumerate(token_ids)]
+    assert continue_prompts(llm, token_ids, [0, 1, 2, 3], **options) == alone
+    assert continue_prompts(llm, token_ids[::-1], [3, 2, 1, 0], **options) == alone[::-1]
     assert len(set(alone)) == 4
 
 
@@ -78,20 +81,20 @@ def test_seeds_make_responses_and_the_global_state_does_not(llm):
     ids = tokenize(llm[1], QUERIES[:1], "plain", 64)
     options = {"decoding": DECODING, "markers": MARKERS}
     torch.manual_seed(1)
-    first = generate(*llm, ids * 3, [1, 2, 1], **options)
+    first = continue_prompts(llm, ids * 3, [1, 2, 1], **options)
     torch.manual_seed(2)
-    assert generate(*llm, ids * 3, [1, 2, 1], **options) == first
+    assert continue_prompts(llm, ids * 3, [1, 2, 1], **options) == first
     assert first[0] == first[2] != first[1]
-    assert generate(*llm, ids, [1, 2, 1], **options | {"decoding": replace(DECODING, num_samples=3)}) == first
+    assert continue_prompts(llm, ids, [1, 2, 1], **options | {"decoding": replace(DECODING, num_samples=3)}) == first
 
 
 def test_temperature_0_is_greedy(llm):
     ids = tokenize(llm[1], QUERIES[:1], "plain", 64)
     greedy = llm[0].generate(torch.tensor(ids), max_new_tokens=8)[0, len(ids[0]) :]
     options = {"decoding": replace(DECODING, temperature=0), "markers": MARKERS}
-    assert generate(*llm, ids, [1], **options) == [llm[1].decode(greedy, skip_special_tokens=True)]
+    assert continue_prompts(llm, ids, [1], **options) == [llm[1].decode(greedy, skip_special_tokens=True)]
     options["decoding"] = replace(DECODING, top_k=1)
-    assert generate(*llm, ids, [1], **options) == [llm[1].decode(greedy, skip_special_tokens=True)]
+    assert continue_prompts(llm, ids, [1], **options) == [llm[1].decode(greedy, skip_special_tokens=True)]
 
 
 def test_decoding_is_not_left_to_the_checkpoint(base_llama, llm, tmp_path):
@@ -106,11 +109,13 @@ def test_decoding_is_not_left_to_the_checkpoint(base_llama, llm, tmp_path):
     assert loaded.generation_config.eos_token_id == [2, 5] and loaded.generation_config.pad_token_id == 2
     ids = tokenize(llm[1], QUERIES, "plain", 64)
     options = {"decoding": replace(DECODING, max_new_tokens=4), "markers": MARKERS}
-    assert generate(loaded, llm[1], ids, [0, 1, 2, 3], **options) == generate(*llm, ids, [0, 1, 2, 3], **options)
+    assert continue_prompts((loaded, llm[1]), ids, [0, 1, 2, 3], **options) == continue_prompts(
+        llm, ids, [0, 1, 2, 3], **options
+    )
 
 
 def test_a_prompt_of_one_token_is_answered(llm):
-    assert len(generate(*llm, [[1], [1]], [1, 2], decoding=DECODING, markers=MARKERS)) == 2
+    assert len(continue_prompts(llm, [[1], [1]], [1, 2], decoding=DECODING, markers=MARKERS)) == 2
 
 
 def test_a_row_that_plays_the_user_is_stopped(llm):
@@ -129,8 +134,9 @@ def test_samples_of_a_prompt_stay_together(llm):
     prompts = [Prompt("", str(i), query) for i, query in enumerate(QUERIES)]
     token_ids = tokenize(llm[1], QUERIES, "plain", 64)
     options = {"decoding": replace(DECODING, num_samples=2), "seed": 1, "markers": MARKERS}
-    together = {p.query_id: t for p, t in sample_batches(*llm, prompts, token_ids, [[3, 1], [0, 2]], **options)}
-    apart = {p.query_id: t for p, t in sample_batches(*llm, prompts, token_ids, [[0], [1], [2], [3]], **options)}
+    options |= {"prompts": prompts, "token_ids": token_ids}
+    together = {p.query_id: t for p, t in sample_batches(*llm, batches=[[3, 1], [0, 2]], **options)}
+    apart = {p.query_id: t for p, t in sample_batches(*llm, batches=[[0], [1], [2], [3]], **options)}
     assert together == apart and list(together) == ["3", "1", "0", "2"]
     assert all(len(set(texts)) == 2 for texts in together.values())
 
@@ -171,6 +177,24 @@ def test_a_model_without_chat_template_says_so(base_llama):
         load_tokenizer(str(base_llama), "chat")
 
 
+@pytest.mark.parametrize("content", ["{", "{}", '{"model": 3}'])
+def test_a_broken_tokenizer_is_one_line(base_llama, tmp_path, content):
+    (tmp_path / "config.json").write_bytes((base_llama / "config.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(InputError, match="no usable tokenizer") as caught:
+        load_tokenizer(str(tmp_path), "plain")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_error_without_words_is_named(monkeypatch):
+    def fail(path: str) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)
+    with pytest.raises(InputError, match=r"no usable tokenizer \(ValueError\)"):
+        load_tokenizer("somewhere", "plain")
+
+
 def test_a_reward_model_is_no_llm(base_llama, llm, tmp_path):
     model, _ = load_model(base_llama)
     model.save_pretrained(tmp_path)
@@ -184,13 +208,3 @@ def test_prompts_must_leave_room_for_the_answer():
         InputError, match=r"longest prompt has 6 tokens .*8 positions; expected --max_length 5 or less"
     ):
         check_positions([[0] * 5, [0] * 6], 3, 8)
-
-
-def test_model_version_changes_with_the_weights(tmp_path):
-    (tmp_path / "model.safetensors").write_bytes(b"one")
-    version = model_version(str(tmp_path), None)
-    (tmp_path / "results.json").write_text("[]")
-    assert version == model_version(str(tmp_path), None)
-    (tmp_path / "model.safetensors").write_bytes(b"three")
-    assert model_version(str(tmp_path), None) != version
-    assert model_version("name/on-the-hub", "abc") == "abc"

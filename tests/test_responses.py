@@ -9,16 +9,19 @@ from conftest import pair, write_records
 
 from preference_records import BadField, InputError
 from responses import (
+    GOLDEN_MARKERS,
+    SAMPLE_MARKERS,
     Decoding,
     Prompt,
     answered_prompts,
-    as_response,
     chat_messages,
+    count_cuts,
+    derive_seed,
+    format_response,
+    hash_prompts,
     llama_2_chat_text,
     load_prompts,
-    prompts_sha256,
     render_prompts,
-    sample_seed,
 )
 
 DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:"
@@ -45,7 +48,7 @@ def test_json_lines_and_gzip_are_read_and_are_the_same_prompts(tmp_path):
     write_records(tmp_path / "q.json", queries)
     files = [load_prompts(tmp_path / name) for name in ("q.json", "q.jsonl", "q.jsonl.gz", "q.json.gz")]
     assert [[(p.query_id, p.query) for p in prompts] for prompts in files] == [[("0", "A?"), ("1", "B?")]] * 4
-    assert len({prompts_sha256(prompts) for prompts in files}) == 1
+    assert len({hash_prompts(prompts) for prompts in files}) == 1
     assert files[1][1].place == "line 2"
 
 
@@ -124,13 +127,22 @@ def test_rendering_names_file_and_record():
     ],
 )
 def test_response_has_the_form_of_the_data(text, response):
-    assert as_response(text) == response
+    assert format_response(text, SAMPLE_MARKERS) == format_response(text, GOLDEN_MARKERS) == response
+
+
+def test_lines_about_humans_are_cut_from_samples_only():
+    """The reference cuts samples at "\\nHuman"; a golden answer may have such a line."""
+    texts = ["Yes:\nHumans need water.", "See\nHuman Resources: 3rd floor", "Yes.\nHuman: And?", "Human: I am."]
+    golden = [" Yes:\nHumans need water.", " See\nHuman Resources: 3rd floor", " Yes.", " Human: I am."]
+    assert [format_response(text, GOLDEN_MARKERS) for text in texts] == golden
+    assert [format_response(text, SAMPLE_MARKERS) for text in texts] == [" Yes:", " See", " Yes.", " Human: I am."]
+    assert (count_cuts(texts, GOLDEN_MARKERS), count_cuts(texts, SAMPLE_MARKERS)) == (1, 3)
 
 
 def test_seed_of_a_response_depends_on_all_three():
-    seeds = {sample_seed(seed, query_id, n) for seed in (1, 2) for query_id in ("1", "11") for n in (1, 11)}
+    seeds = {derive_seed(seed, query_id, n) for seed in (1, 2) for query_id in ("1", "11") for n in (1, 11)}
     assert len(seeds) == 8 and all(0 <= seed < 2**31 for seed in seeds)
-    assert sample_seed(42, "a", 0) == sample_seed(42, "a", 0)
+    assert derive_seed(42, "a", 0) == derive_seed(42, "a", 0)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +167,12 @@ def test_decoding_that_cannot_work_is_refused(change, message):
 
 def test_refused_prompts_are_left_out_and_named(caplog):
     prompts = [Prompt("", "a", "A"), Prompt("", "b", "B")]
-    assert answered_prompts(prompts, {"a": [" x"], "b": []}) == prompts[:1]
-    assert "1 prompts refused by the server, left out: b" in caplog.text
+    assert answered_prompts(prompts, {prompts[0].key: [" x"]}) == prompts[:1]
+    assert "1 prompts refused by the server, left out: b; the same command asks them again" in caplog.text
     with pytest.raises(InputError, match="refused all 2 prompts"):
-        answered_prompts(prompts, {"a": [], "b": []})
+        answered_prompts(prompts, {})
+
+
+def test_key_of_a_prompt_changes_with_id_and_text_and_not_with_its_place():
+    keys = [Prompt(*fields).key for fields in (("1", "a", "A"), ("2", "a", "A"), ("1", "b", "A"), ("1", "a", "B"))]
+    assert keys[0] == keys[1] and len(set(keys)) == 3

@@ -5,7 +5,8 @@ from conftest import read_json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from result_store import ResultStore
+from preference_records import InputError
+from result_store import ResultStore, model_version, refuse_overwriting
 
 SETTINGS = {"seed": 1}
 RESPONSES = {"a": [" é", " two\nlines"], "b": ["", " x"], "c": []}
@@ -77,3 +78,57 @@ def test_two_processes_may_finish(tmp_path):
     first.finish([])
     second.finish([])
     assert second.load() == {} and second.is_finished()
+
+
+def test_a_result_is_read_back_by_its_own_settings_only(tmp_path):
+    store = filled(tmp_path)
+    assert store.load_result() == []
+    store.finish([{"query_id": "é"}])
+    assert store.load_result() == [{"query_id": "é"}]
+    assert ResultStore(tmp_path / "x_results.json", {"seed": 2}).load_result() == []
+
+
+def test_changed_notes_are_named_and_lose_nothing(tmp_path, caplog):
+    def store(url: str) -> ResultStore:
+        return ResultStore(tmp_path / "x_results.json", SETTINGS, notes={"base_url": url})
+
+    first = store("one")
+    first.open()
+    assert store("two").load() == {} and caplog.text == ""
+    first.append("a", [" x"])
+    assert store("one").load() == {"a": [" x"]} and caplog.text == ""
+    assert store("two").load() == {"a": [" x"]}
+    assert "base_url was one for what is kept, and is two now" in caplog.text
+    first.finish([{"query_id": "a"}])
+    assert read_json(tmp_path / "x_results.settings.json")["base_url"] == "one"
+    caplog.clear()
+    assert store("one").load_result() == [{"query_id": "a"}] and caplog.text == ""
+    assert store("two").load_result() == [{"query_id": "a"}] and "base_url was one" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["file/x.json", "folder.json"])
+def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(InputError, match=rf"{name}: cannot be written \(.+\), expected a place") as caught:
+        ResultStore(tmp_path / name, SETTINGS).open()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_data_are_not_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.json").symlink_to(tmp_path / "x.json")
+    refuse_overwriting("x.json", tmp_path / "y.json")
+    for name in ("x.json", "a/../x.json", "link.json"):
+        with pytest.raises(InputError, match=r"x\.json: found the data to read where the result goes"):
+            refuse_overwriting(name, tmp_path / "x.json")
+
+
+def test_model_version_changes_with_the_weights(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"one")
+    version = model_version(str(tmp_path), None)
+    (tmp_path / "results.json").write_text("[]")
+    assert version == model_version(str(tmp_path), None)
+    (tmp_path / "model.safetensors").write_bytes(b"three")
+    assert model_version(str(tmp_path), None) != version
+    assert model_version("name/on-the-hub", "abc") == "abc"

@@ -8,7 +8,9 @@ writes what `tools/apo_data_converter.py --golden_data_path` reads, in the order
     {"query_id": "...", "query": "<prompt>", "golden": " <response>"}
 
 What it may cost is said before the first request; `--dry_run` says no more than that. A run that breaks off goes on
-where it was when it is started again: no answer is paid for twice.
+where it was when it is started again, and prompts that are new or were mended since are all that a finished one asks
+for: an answer that has arrived is kept. A failure and Ctrl-C wait for the answers under way; only a kill loses these,
+at most `--concurrency` of them.
 """
 
 from __future__ import annotations
@@ -27,27 +29,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from completion_client import Completion, CompletionClient, add_server_flags, check_server_flags, complete_all
 from preference_records import DATA_TYPES, InputError, exit_on_input_error
 from responses import (
+    GOLDEN_MARKERS,
     Prompt,
     answered_prompts,
-    as_response,
+    count_cuts,
+    derive_seed,
+    format_response,
     load_prompts,
-    prompts_sha256,
     render_prompts,
-    sample_seed,
 )
-from result_store import ResultStore
+from result_store import ResultStore, refuse_overwriting
 
 logger = logging.getLogger("annotate_golden")
 
-CHARACTERS_PER_TOKEN = 4  # English text, roughly
+BYTES_PER_TOKEN = 3  # of UTF-8: English has more, about 4, Chinese and Japanese a character of 3
 TOKENS_PER_MESSAGE = 4  # role and delimiters
 Messages = list[dict[str, str]]
 
 
 def estimate_prompt_tokens(dialogues: Iterable[Messages]) -> int:
-    """Estimates the prompt tokens of chats: a token for four characters, and four for each message."""
+    """Estimates the prompt tokens of chats, rather too many: a token for 3 bytes, and 4 for each message."""
     messages = [message for dialogue in dialogues for message in dialogue]
-    return sum(math.ceil(len(m["content"]) / CHARACTERS_PER_TOKEN) + TOKENS_PER_MESSAGE for m in messages)
+    return sum(math.ceil(len(m["content"].encode()) / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE for m in messages)
 
 
 def describe_cost(prompt_tokens: int, completion_tokens: int, prices: tuple[float, float] | None) -> str:
@@ -72,7 +75,7 @@ def make_requests(
         common["temperature"] = temperature
     requests = {}
     for prompt, messages in prompts:
-        seeded = {} if seed is None else {"seed": sample_seed(seed, prompt.query_id, 0)}
+        seeded = {} if seed is None else {"seed": derive_seed(seed, prompt.query_id, 0)}
         requests[prompt] = [{**common, **seeded, "messages": messages}]
     return requests
 
@@ -117,6 +120,7 @@ def check(args: argparse.Namespace) -> tuple[float, float] | None:
         raise InputError(f"--max_new_tokens {args.max_new_tokens}: expected at least 1")
     if args.output_path.suffix != ".json":
         raise InputError(f"--output_path {args.output_path}: expected a name that ends in .json")
+    refuse_overwriting(args.data_path, args.output_path)
     if not args.dry_run:
         check_server_flags(args)
     return None if None in prices else prices
@@ -130,6 +134,9 @@ def log_use(received: list[Completion], max_new_tokens: int, prices: tuple[float
     num_cut = sum(c.is_cut for c in received)
     if num_cut:
         logger.warning("%d answers break off at --max_new_tokens %d", num_cut, max_new_tokens)
+    num_turns = count_cuts((c.text for c in received), GOLDEN_MARKERS)
+    if num_turns:
+        logger.warning("%d answers cut where they go on to play the user", num_turns)
 
 
 @exit_on_input_error
@@ -142,43 +149,51 @@ def main() -> None:
     system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     dialogues = [system + messages for messages in render_prompts(args.data_path, prompts, "chat")]
 
-    # ---- what is there already
+    client = None
+    if not args.dry_run:
+        client = CompletionClient(args.base_url, timeout=args.timeout, max_retries=args.max_retries)
+
+    # ---- what is there already, each answer under its prompt
     names = ("model", "system_prompt", "temperature", "max_new_tokens", "seed")
-    settings = {name: getattr(args, name) for name in names} | {"prompts_sha256": prompts_sha256(prompts)}
-    store = ResultStore(args.output_path, settings)
-    done = store.load()
-    if store.is_finished():
+    settings = {name: getattr(args, name) for name in names}
+    store = ResultStore(args.output_path, settings, notes=client and {"base_url": client.base_url})
+    parts = store.load()
+    result = {Prompt("", r["query_id"], r["query"]).key: [r["golden"]] for r in store.load_result()}
+    if list(result) == [prompt.key for prompt in prompts]:
         print(f"{args.output_path}: there already, with these settings; delete it to ask again")
         return
-    store.log_state(len(done), len(prompts), "prompts")
+    done = result | parts
+    todo = [(prompt, d) for prompt, d in zip(prompts, dialogues, strict=True) if prompt.key not in done]
+    store.log_state(len(prompts) - len(todo), len(prompts), "prompts")
 
     # ---- what the rest may cost
-    todo = [(prompt, d) for prompt, d in zip(prompts, dialogues, strict=True) if prompt.query_id not in done]
     estimate = estimate_prompt_tokens(d for _, d in todo), len(todo) * args.max_new_tokens
     logger.info("%d prompts to ask, at most about %s", len(todo), describe_cost(*estimate, prices))
-    if args.dry_run:
+    if client is None:
         return
 
     # ---- asking
     requests = make_requests(
         todo, model=args.model, temperature=args.temperature, max_new_tokens=args.max_new_tokens, seed=args.seed
     )
-    client = CompletionClient(args.base_url, timeout=args.timeout, max_retries=args.max_retries)
-    answers = complete_all(client, requests, concurrency=args.concurrency, skip_refused=args.skip_refused)
+    store.open()
     received: list[Completion] = []
-    try:
-        with tqdm(total=len(prompts), initial=len(done), unit="prompt") as progress:
-            for prompt, completions in answers:
-                store.append(prompt.query_id, [as_response(completion.text) for completion in completions])
-                received += completions
-                progress.update()
-    finally:
-        log_use(received, args.max_new_tokens, prices)
+    with tqdm(total=len(prompts), initial=len(prompts) - len(todo), unit="prompt") as progress:
+
+        def keep(prompt: Prompt, completions: list[Completion]) -> None:
+            store.append(prompt.key, [format_response(c.text, GOLDEN_MARKERS) for c in completions])
+            received.extend(completions)
+            progress.update()
+
+        try:
+            complete_all(client, requests, keep=keep, concurrency=args.concurrency, skip_refused=args.skip_refused)
+        finally:
+            log_use(received, args.max_new_tokens, prices)
 
     # ---- the result
-    responses = store.load()
+    responses = done | store.load()
     golden = [
-        {"query_id": prompt.query_id, "query": prompt.query, "golden": responses[prompt.query_id][0]}
+        {"query_id": prompt.query_id, "query": prompt.query, "golden": responses[prompt.key][0]}
         for prompt in answered_prompts(prompts, responses)
     ]
     store.finish(golden)

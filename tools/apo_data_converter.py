@@ -37,10 +37,10 @@ from preference_records import (
     require_text,
     write_json,
 )
+from responses import GOLDEN_MARKERS, SAMPLE_MARKERS, count_cuts
 
 logger = logging.getLogger(__name__)
 
-NEXT_TURN = "\nHuman"
 SAMPLE_PREFIX = "sample_"
 
 
@@ -64,6 +64,7 @@ class Conversion:
     golden_without_samples: list[str] = field(default_factory=list)
     samples_without_golden: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> answers
+    cut: Counter[str] = field(default_factory=Counter)  # "golden", "sampled" -> answers
 
 
 def _common_prefix_length(a: str, b: str) -> int:
@@ -136,9 +137,11 @@ def _answer(record: dict, key: str) -> str:
 # ------------------------------------------------------------------------------------------------ converting
 
 
-def cut_next_turn(answer: str) -> str:
+def cut_next_turn(answer: str, markers: tuple[str, ...]) -> str:
     """Cuts an answer where it goes on to play the user; an answer that does not is returned as it is."""
-    return answer.split(NEXT_TURN, maxsplit=1)[0].strip() if NEXT_TURN in answer else answer
+    for marker in markers:
+        answer = answer.split(marker, maxsplit=1)[0].strip() if marker in answer else answer
+    return answer
 
 
 def unusable(answer: str) -> str:
@@ -151,6 +154,8 @@ def unusable(answer: str) -> str:
 def usable_answers(golden: str, samples: Iterable[str], skipped: Counter[str]) -> tuple[str, list[str]] | None:
     """Cuts one prompt's answers and drops those that make no pair.
 
+    A golden answer is cut at "\\nHuman:" only, a sample, as in the reference, at any line that begins with "Human".
+
     Args:
         golden: the annotator's answer.
         samples: the LLM's answers.
@@ -160,12 +165,12 @@ def usable_answers(golden: str, samples: Iterable[str], skipped: Counter[str]) -
     Returns:
         the golden answer and the samples left, or None if nothing is left to compare.
     """
-    golden = cut_next_turn(golden)
+    golden = cut_next_turn(golden, GOLDEN_MARKERS)
     if reason := unusable(golden):
         skipped[f"golden {reason}"] += 1
         return None
     kept = []
-    for sample in map(cut_next_turn, samples):
+    for sample in (cut_next_turn(sample, SAMPLE_MARKERS) for sample in samples):
         reason = unusable(sample) or ("same as golden" if sample.strip() == golden.strip() else "")
         if reason:
             skipped[f"sample {reason}"] += 1
@@ -235,6 +240,8 @@ def convert(
             result.samples_without_golden.append(query_id)
             continue
         result.num_matched += 1
+        result.cut["golden"] += count_cuts(golden[query_id].answers, GOLDEN_MARKERS)
+        result.cut["sampled"] += count_cuts(sampled.answers, SAMPLE_MARKERS)
         usable = usable_answers(golden[query_id].answers[0], sampled.answers, result.skipped)
         if usable is None:
             continue
@@ -324,6 +331,10 @@ def main() -> None:
     samples = read_samples(args.sample_data_path)
     result = convert(golden, samples, group=args.group, sampling=args.sampling, seed=args.seed)
     log_unmatched(result)
+    if result.cut.total():
+        logger.info(
+            "cut where they go on to play the user: %(golden)d golden, %(sampled)d sampled answers", result.cut
+        )
     path = args.output_dir / f"{args.apo_data_name}{'_sampled' * args.sampling}_text_scores.json"
     write_json(path, result.items)
     print(summary(result, path))

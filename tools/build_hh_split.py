@@ -40,6 +40,7 @@ from preference_records import (
     sha256_of_file,
     write_json,
 )
+from responses import chat_messages
 
 HUB_REPO = "Anthropic/hh-rlhf"
 SUBSETS = ("helpful-base", "harmless-base", "helpful-online", "helpful-rejection-sampled")
@@ -103,7 +104,7 @@ def read_dialogues(path: Path) -> list[tuple[str, str]]:
 # ------------------------------------------------------------------------------------------------ cleaning
 
 
-def same(text: str) -> str:
+def normalize_space(text: str) -> str:
     """Returns what two texts have in common that differ in white space only."""
     return " ".join(text.split())
 
@@ -114,22 +115,26 @@ def split_dialogue(dialogue: str) -> tuple[str, str]:
     return before + turn, response
 
 
-def fault(prompt: str, other_prompt: str, chosen: str, rejected: str) -> str:
+def find_fault(prompt: str, other_prompt: str, chosen: str, rejected: str) -> str:
     """Returns why two split dialogues make no pair; an empty string if they do."""
     if not prompt or not other_prompt or HUMAN in chosen or HUMAN in rejected:
         return "no response at the end"
-    if prompt != other_prompt and same(prompt) != same(other_prompt):
+    if prompt != other_prompt and normalize_space(prompt) != normalize_space(other_prompt):
         return "prompts differ"
+    try:
+        chat_messages(prompt)
+    except BadField:
+        return "no question at the end"
     if not chosen.strip() or not rejected.strip():
         return "empty response"
-    if same(chosen) == same(rejected):
+    if normalize_space(chosen) == normalize_space(rejected):
         return "identical responses"
     return f"{SEPARATOR} in the text" if any(SEPARATOR in text for text in (prompt, chosen, rejected)) else ""
 
 
 def make_query_id(prompt: str, chosen: str, rejected: str) -> str:
     """Returns the first 64 bits of a hash of the three texts, white space aside, in hexadecimal."""
-    content = "\n".join(same(text) for text in (prompt, chosen, rejected))
+    content = "\n".join(normalize_space(text) for text in (prompt, chosen, rejected))
     return "hh_" + hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -148,13 +153,13 @@ def group_by_prompt(dialogues: Iterable[tuple[str, str]], dropped: Counter[str])
     for chosen_dialogue, rejected_dialogue in dialogues:
         prompt, chosen = split_dialogue(chosen_dialogue)
         other_prompt, rejected = split_dialogue(rejected_dialogue)
-        reason = fault(prompt, other_prompt, chosen, rejected)
+        reason = find_fault(prompt, other_prompt, chosen, rejected)
         query_id = make_query_id(prompt, chosen, rejected)
         if reason or query_id in seen:
             dropped[reason or "duplicate"] += 1
             continue
         seen.add(query_id)
-        groups.setdefault(same(prompt), []).append(Pair(prompt, chosen, rejected, query_id))
+        groups.setdefault(normalize_space(prompt), []).append(Pair(prompt, chosen, rejected, query_id))
     return groups
 
 
@@ -253,7 +258,7 @@ def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[s
         for name, held in FILES.items():
             pairs = [pair for part in held for pair in parts[part]]
             write_records(Path(folder, name), pairs)
-            num_prompts = len({same(pair.prompt) for pair in pairs})
+            num_prompts = len({normalize_space(pair.prompt) for pair in pairs})
             outputs[name] = {"pairs": len(pairs), "prompts": num_prompts, "sha256": sha256_of_file(Path(folder, name))}
         write_json(Path(folder, MANIFEST), {**manifest, "outputs": outputs})
         for name in (*FILES, MANIFEST):

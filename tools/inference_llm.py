@@ -8,7 +8,9 @@ writes `<output_dir>/<model_prefix>_<task_type>_<data_suffix>_results.json`, in 
     {"query_id": "...", "query": "<prompt>", "sample_0": " <response>", "sample_1": ...}
 
 With `--engine transformers` (`python`, or `torchrun` for several GPUs) the same seed gives the same answers on any
-number of processes and after any interruption. With `--engine openai` a server of one's own answers (vLLM, SGLang).
+number of processes and after any interruption, as long as each computes with the same number of threads; with another
+batch size, in float32 only: in bfloat16 rounding may flip a token. With `--engine openai` a server of one's own
+answers (vLLM, SGLang), and of a changed file only the new prompts are asked.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,21 +27,22 @@ from typing import Any
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from completion_client import CompletionClient, add_server_flags, check_server_flags, complete_all
+from completion_client import Completion, CompletionClient, add_server_flags, check_server_flags, complete_all
 from preference_records import DATA_TYPES, InputError, exit_on_input_error
 from responses import (
     TEMPLATES,
     Decoding,
     Prompt,
     answered_prompts,
-    as_response,
+    count_cuts,
+    derive_seed,
+    format_response,
+    hash_prompts,
+    list_turn_markers,
     load_prompts,
-    next_turns,
-    prompts_sha256,
     render_prompts,
-    sample_seed,
 )
-from result_store import ResultStore, model_version
+from result_store import ResultStore, model_version, refuse_overwriting
 
 logger = logging.getLogger("inference_llm")
 
@@ -99,7 +102,12 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=42, help="of all answers; a server gets one for each and may ignore it (42)")
     local = parser.add_argument_group("engine transformers")
     local.add_argument("--max_length", type=int, default=512, help="prompt tokens; the front is cut (default: 512)")
-    local.add_argument("--per_device_eval_batch_size", type=int, default=8, help="prompts at a time (default: 8)")
+    local.add_argument(
+        "--per_device_eval_batch_size",
+        type=int,
+        default=8,
+        help="prompts at a time; in bfloat16 another number may flip a token (default: 8)",
+    )
     local.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's"
     )
@@ -144,30 +152,17 @@ def make_requests(
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
         "max_tokens": decoding.max_new_tokens,
-        "stop": list(next_turns(template)),
+        "stop": list(list_turn_markers(template)),
         "extra_body": extra,
     }
     field = "messages" if template == "chat" else "prompt"
     return {
         prompt: [
-            {**common, field: text, "seed": sample_seed(seed, prompt.query_id, sample)}
+            {**common, field: text, "seed": derive_seed(seed, prompt.query_id, sample)}
             for sample in range(decoding.num_samples)
         ]
         for prompt, text in prompts.items()
     }
-
-
-def from_server(
-    args: argparse.Namespace, decoding: Decoding, prompts: dict[Prompt, Any]
-) -> Iterator[tuple[Prompt, list[str]]]:
-    """Yields rendered prompts with the texts that the server gives for them."""
-    requests = make_requests(
-        prompts, model=args.model_name_or_path, template=args.prompt_template, decoding=decoding, seed=args.seed
-    )
-    client = CompletionClient(args.base_url, timeout=args.timeout, max_retries=args.max_retries)
-    answers = complete_all(client, requests, concurrency=args.concurrency, skip_refused=args.skip_refused)
-    for prompt, completions in answers:
-        yield prompt, [completion.text for completion in completions]
 
 
 @exit_on_input_error
@@ -179,73 +174,120 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(levelname)s: %(message)s")
     if args.engine == "openai" and num_processes > 1:
         raise InputError(f"--engine openai in {num_processes} processes: expected one; --concurrency asks for more")
-    markers = next_turns(args.prompt_template)
+    result_path = args.output_dir / f"{args.model_prefix}_{args.task_type}_{args.data_suffix}_results.json"
+    refuse_overwriting(args.data_path, result_path)
+    markers = list_turn_markers(args.prompt_template)
     prompts = load_prompts(args.data_path, args.data_type)
     rendered = render_prompts(args.data_path, prompts, args.prompt_template)
     names = ("engine", "model_name_or_path", "task_type", "prompt_template", "seed")
     settings = {name: getattr(args, name) for name in names} | asdict(decoding)
-    settings["prompts_sha256"] = prompts_sha256(prompts)
 
     # ---- this process's share: whole batches
-    share = prompts
-    if args.engine == "transformers":
+    share, notes = prompts, None
+    if args.engine == "openai":
+        client = CompletionClient(args.base_url, timeout=args.timeout, max_retries=args.max_retries)
+        notes = {"base_url": client.base_url}
+    else:
         import llm_sampling
         from models import load_config
 
         config = load_config(args.model_name_or_path)
         version = model_version(args.model_name_or_path, getattr(config, "_commit_hash", None))
         settings |= {"max_length": args.max_length, "dtype": args.dtype, "model_version": version}
+        settings["prompts_sha256"] = hash_prompts(prompts)  # another prompt is another batch
         tokenizer = llm_sampling.load_tokenizer(args.model_name_or_path, args.prompt_template)
         token_ids = llm_sampling.tokenize(tokenizer, rendered, args.prompt_template, args.max_length)
         llm_sampling.check_positions(token_ids, decoding.max_new_tokens, config.max_position_embeddings)
         batches = llm_sampling.form_batches(token_ids, args.per_device_eval_batch_size)[rank::num_processes]
         share = [prompts[i] for batch in batches for i in batch]
 
-    # ---- what is there already
-    result_path = args.output_dir / f"{args.model_prefix}_{args.task_type}_{args.data_suffix}_results.json"
-    store = ResultStore(result_path, settings, rank)
-    done = store.load()
-    if store.is_finished():
+    # ---- what is there already, the answers of each prompt under its key
+    store = ResultStore(result_path, settings, rank, notes)
+    parts = store.load()
+    result = {
+        Prompt("", r["query_id"], r["query"]).key: [r[f"sample_{i}"] for i in range(decoding.num_samples)]
+        for r in store.load_result()
+    }
+    if list(result) == [prompt.key for prompt in prompts]:
         if rank == 0:
             print(f"{result_path}: there already, with these settings; delete it to sample again")
         return
-    todo = [prompt for prompt in share if prompt.query_id not in done]
-    store.log_state(len(done), len(prompts), "prompts")
+    done = result | parts
+    todo = [prompt for prompt in share if prompt.key not in done]
+    store.log_state(sum(prompt.key in done for prompt in prompts), len(prompts), "prompts")
 
     # ---- the rest
-    answers: Iterator[tuple[Prompt, list[str]]] = iter(())
-    if args.engine == "openai":
-        pairs = zip(prompts, rendered, strict=True)
-        answers = from_server(args, decoding, {p: text for p, text in pairs if p.query_id not in done})
-    elif todo:
-        model = llm_sampling.load_llm(args.model_name_or_path, args.dtype, tokenizer)
-        batches = [batch for batch in batches if any(prompts[i].query_id not in done for i in batch)]
-        answers = llm_sampling.sample_batches(
-            model, tokenizer, prompts, token_ids, batches, decoding=decoding, seed=args.seed, markers=markers
-        )
-    with tqdm(total=len(share), initial=len(share) - len(todo), unit="prompt", disable=rank != 0) as progress:
-        for prompt, texts in answers:
-            if prompt.query_id not in done:  # a batch that a kill has torn is computed again whole, in the same shape
-                store.append(prompt.query_id, [as_response(text, markers) for text in texts])
+    counts: Counter[str] = Counter()
+    if todo:
+        store.open()
+        if args.engine == "transformers":
+            model = llm_sampling.load_llm(args.model_name_or_path, args.dtype, tokenizer)
+        with tqdm(total=len(share), initial=len(share) - len(todo), unit="prompt", disable=rank != 0) as progress:
+
+            def keep(prompt: Prompt, texts: list[str]) -> None:
+                store.append(prompt.key, [format_response(text, markers) for text in texts])
+                counts["cut"] += count_cuts(texts, markers)
                 progress.update()
-    store.close()
+
+            def keep_completions(prompt: Prompt, completions: list[Completion]) -> None:
+                keep(prompt, [completion.text for completion in completions])
+
+            if args.engine == "openai":
+                requests = make_requests(
+                    {p: text for p, text in zip(prompts, rendered, strict=True) if p.key not in done},
+                    model=args.model_name_or_path,
+                    template=args.prompt_template,
+                    decoding=decoding,
+                    seed=args.seed,
+                )
+                complete_all(
+                    client,
+                    requests,
+                    keep=keep_completions,
+                    concurrency=args.concurrency,
+                    skip_refused=args.skip_refused,
+                )
+            else:
+                answers = llm_sampling.sample_batches(
+                    model,
+                    tokenizer,
+                    prompts=prompts,
+                    token_ids=token_ids,
+                    batches=[batch for batch in batches if any(prompts[i].key not in done for i in batch)],
+                    decoding=decoding,
+                    seed=args.seed,
+                    markers=markers,
+                )
+                for prompt, texts in answers:
+                    if prompt.key not in done:  # of a batch that a kill has torn, computed again in the same shape
+                        keep(prompt, texts)
+        store.close()
+    if counts["cut"]:
+        logger.info("%d answers cut where they go on to play the user", counts["cut"])
 
     # ---- the result, by the process that ends last: no process waits for another
-    responses = store.load()
-    if len(responses) < len(prompts):
+    responses = done | store.load()
+    num_answered = sum(prompt.key in responses for prompt in prompts)
+    if args.engine == "transformers" and num_answered < len(prompts):
+        if not store.is_finished():
+            logger.info(
+                "%d of %d prompts answered here and before; the result is written by the process that finds all of "
+                "them, under the same settings",
+                num_answered,
+                len(prompts),
+            )
         return
     answered = answered_prompts(prompts, responses)
     store.finish(
         [
-            {"query_id": p.query_id, "query": p.query}
-            | {f"sample_{i}": r for i, r in enumerate(responses[p.query_id])}
+            {"query_id": p.query_id, "query": p.query} | {f"sample_{i}": r for i, r in enumerate(responses[p.key])}
             for p in answered
         ]
     )
-    num_same = sum(len(set(responses[p.query_id])) == 1 for p in answered) if decoding.num_samples > 1 else 0
+    num_same = sum(len(set(responses[p.key])) == 1 for p in answered) if decoding.num_samples > 1 else 0
     if 2 * num_same > len(answered):
         logger.warning("%d prompts got the same answer every time; does the server sample?", num_same)
-    num_empty = sum(not response for p in answered for response in responses[p.query_id])
+    num_empty = sum(not response for p in answered for response in responses[p.key])
     print(f"{result_path}: {len(answered)} prompts x {decoding.num_samples} answers, {num_empty} of them empty")
 
 
