@@ -211,15 +211,16 @@ def test_prompt_of_which_one_token_is_left_is_not_cut_away(tmp_path):
 @pytest.mark.parametrize(
     ("batch_size", "expected"),
     [
-        (2, {"needed": 49, "reference": 120, "padded": 70, "tree": 29}),
-        (1, {"needed": 49, "reference": 52, "padded": 52, "tree": 29}),
+        (2, {"needed": 49, "reference": 120, "padded": 70, "tree": 25}),
+        (1, {"needed": 49, "reference": 52, "padded": 52, "tree": 26}),
     ],
 )
 def test_tokens_run_by_hand(tmp_path, batch_size, expected):
     """Item 1: a prompt of 8 and responses of 1, 2, 3 tokens: sequences of 12, 13, 14. Item 2: two of 5. Needed 49.
 
-    As one batch: padded 5 rows of 14; reference 2 x 3 rows of 20. The tree holds the 10 tokens bos, prompt, sep of
-    item 1 once, then 2 + 3 + 4, and item 2, which shares less than it pays to share: 29. One by one: 3 x 14 + 2 x 5.
+    As one batch: padded 5 rows of 14; reference 2 x 3 rows of 20. The tree holds bos, prompt and sep of item 1 once,
+    10 tokens, then 2 + 3 + 4; of item 2 bos p sep and 2 + 2. In one batch both share their bos: 25, one by one 26.
+    Padded one by one: 3 x 14 + 2 x 5.
     """
     group = {"text": [f"a b c d e f g h<sep> {answer}" for answer in ("u", "v v", "w w w")], "scores": [2, 1, 0]}
     path = write_records(tmp_path / "a.json", [group, pair("p", " x", " y")])
