@@ -140,7 +140,7 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows to an Arrow file, under a temporary name until it is whole."""
     from datasets.arrow_writer import ArrowWriter
 
-    temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}.incomplete")
+    temporary = path.with_suffix(f".{socket.gethostname()}.incomplete")  # the lock may hold on this machine only
     try:
         with ArrowWriter(path=str(temporary), features=_row_features()) as writer:
             for row in rows:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import socket
 
 import pytest
 import torch
@@ -121,10 +122,10 @@ def test_left_over_of_a_killed_run_is_not_taken_for_the_cache(tmp_path, tokenize
     path = write_records(tmp_path / "a.json", PAIRS)
     first = load(path, tokenizer, cache_dir=str(tmp_path))[:]
     [cached] = (tmp_path / "preference_data").glob("*.arrow")
-    cached.with_suffix(".incomplete").write_bytes(cached.read_bytes()[:100])
+    cached.with_suffix(f".{socket.gethostname()}.incomplete").write_bytes(cached.read_bytes()[:100])
     cached.unlink()
     assert load(path, tokenizer, cache_dir=str(tmp_path))[:] == first
-    assert not cached.with_suffix(".incomplete").exists()
+    assert not cached.with_suffix(f".{socket.gethostname()}.incomplete").exists()
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6).map(lambda ids: [1, *ids]), min_size=1, max_size=5))
