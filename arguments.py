@@ -122,7 +122,7 @@ class RewardTrainingArguments(TrainingArguments):
     eval_token_budget: int | None = HfArg(
         default=None,
         help="Tokens of a batch per device in evaluation and scoring, padding included; an item beyond it runs alone "
-        "(default: 2 x max_length x per_device_eval_batch_size).",
+        "(default: 2 x max_length x per_device_eval_batch_size; on a CPU 2048 if that is less).",
     )
     debug_mode: bool = HfArg(default=False, help="Use the first 64 records of each file only.")
     eval_strategy: str = HfArg(

@@ -153,6 +153,28 @@ def prepare_attention(tree: dict[str, Tensor], attention_mask: Tensor, kind: str
     return prepare[kind](tree, attention_mask)
 
 
+def prepare_pooled_attention(tree: dict[str, Tensor], positions: Tensor) -> Attend:
+    """Makes the attention of one token of each sequence, whatever the device, for a last layer that runs only these.
+
+    Args:
+        tree: of `build_token_tree`.
+        positions: (N,), where in its sequence the token stands.
+
+    Returns:
+        A function of query (1, H, N, head size), key, value (1, H, S, head size) and the scaling; it returns the
+        attention of the queries.
+    """
+    paths = tree["paths"]
+    mask = (torch.arange(paths.shape[1], device=paths.device) <= positions[:, None])[:, None, None]  # (N, 1, 1, T)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        key, value = (_take(states[0].transpose(0, 1), paths) for states in (key, value))  # (N, H, T, head size)
+        query = query[0].transpose(0, 1)[:, :, None]  # (N, H, 1, head size)
+        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)[:, :, 0].transpose(0, 1)[None]
+
+    return attend
+
+
 @dataclass(frozen=True)
 class Branch:
     """A sequence of `length` tokens, new in the row from position `start`, queried from `first`, 0 or `start`."""
@@ -215,20 +237,22 @@ def _make_call(paths: Tensor, group: list[Branch]) -> AttentionCall:
     )
 
 
+def _take(states: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (n, tokens) of states (S, H, head size), as (n, H, tokens, head size)."""
+    return states.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
+
+
 def _prepare_branches(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
     """The new tokens of each sequence attend to its path, sequences of similar lengths in one call."""
     calls = [_make_call(tree["paths"], group) for group in _group_branches(tree, attention_mask)]
     rows = torch.cat([call.query_index[call.is_new] for call in calls])
     sources = torch.cat([call.is_new.flatten() for call in calls]).nonzero().squeeze(1)[rows.argsort()]  # (S,)
 
-    def take(states: Tensor, index: Tensor) -> Tensor:
-        return states.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)  # (n, H, tokens, ...)
-
     def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (S, H, head size)
         outputs = []
         for call in calls:
-            q, k, v = take(query, call.query_index), take(key, call.key_index), take(value, call.key_index)
+            q, k, v = _take(query, call.query_index), _take(key, call.key_index), _take(value, call.key_index)
             causal = call.mask is None
             output = F.scaled_dot_product_attention(q, k, v, call.mask, is_causal=causal, scale=scaling)
             outputs.append(output.transpose(1, 2).flatten(0, 1))

@@ -6,16 +6,21 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO_ROOT, command_line, load_model
+from conftest import REPO_ROOT, command_line, forward, load_model
+from torch.utils.flop_counter import FlopCounterMode
 
 from preference_records import InputError, PreferenceRecord
+from reward_datasets import RewardDataCollator
 from tools.benchmark import (
+    Contestant,
     FixedLengthCollator,
     format_race,
     lengthen_prompts,
+    main,
     plan_rounds,
     split_pairs,
     summarize,
@@ -25,11 +30,15 @@ SAMPLE = REPO_ROOT / "data" / "sample"
 SIZES = {"batch_size": 2, "num_batches": 1, "rounds": 1, "max_length": 96, "threads": 1, "device": "cpu"}
 
 
-def run_benchmark(output_dir: Path, *, exit_status: int = 0, **flags: object) -> subprocess.CompletedProcess:
+def benchmark_command(output_dir: Path, **flags: object) -> list[str]:
     flags = {"data_dir": SAMPLE, "output_dir": output_dir, **SIZES, **flags}
-    command = [sys.executable, str(REPO_ROOT / "tools" / "benchmark.py"), *command_line(**flags)]
+    return [str(REPO_ROOT / "tools" / "benchmark.py"), *command_line(**flags)]
+
+
+def run_benchmark(output_dir: Path, **flags: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, *benchmark_command(output_dir, **flags)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    assert done.returncode == exit_status, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[-4000:]
     return done
 
 
@@ -80,6 +89,27 @@ def test_long_prompts_have_the_length_asked_for_and_short_answers():
     assert all(50 <= len(tokenizer.encode(record.prompts)[0]) <= 70 for record in long)
 
 
+@pytest.mark.parametrize("batching", ["tree", "padded"])
+def test_operations_are_those_of_the_matrix_products_that_run(batching):
+    """The linear layers as torch counts them, but for the reward head: 2 x 32 operations for each of two rows of 7
+    tokens, or for the two pooled tokens. Attention of 4 heads of 8: a token attends to 1 + ... + 7 = 28 in a row, in
+    each of two layers; in a tree of 5 shared tokens and 2 + 2 new ones to 15 and twice 6 + 7, in the first layer."""
+    attention = "tree_branches" if batching == "tree" else "sdpa"
+    model, tokenizer = load_model(attention=attention, pooling_type="eos")
+    trainer = SimpleNamespace(
+        model=model, create_optimizer=lambda: None, accelerator=SimpleNamespace(prepare=lambda *objects: objects)
+    )
+    contestant = Contestant(batching, trainer)
+    item = {"input_ids": [[1, 7, 8, 9, 9, 5, 2], [1, 7, 8, 9, 9, 6, 2]], "scores": [0.9, 0.1], "is_apo": False}
+    batch = RewardDataCollator(tokenizer.pad_token_id, batching=batching)([item])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        forward(model, batch)
+    linear = counter.get_total_flops() - 2 * 32 * (2 if batching == "tree" else 14)
+    attended = 15 + 2 * 13 if batching == "tree" else 2 * 2 * 28
+    assert contestant.count_flops("scoring") == linear + 4 * 4 * 8 * attended
+    assert contestant.num_tokens == (9 if batching == "tree" else 14)
+
+
 # ------------------------------------------------------------------------------------------------ the batch
 
 
@@ -104,6 +134,7 @@ def test_reference_pads_a_single_item_to_its_longest():
 # ------------------------------------------------------------------------------------------------ the command
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", ["hh_pairs", "apo_groups"])
 def test_all_ways_to_train_compute_the_same_loss(tmp_path, base_llama, workload):
     flags = {"model_name_or_path": base_llama, "workload": workload}
@@ -122,6 +153,7 @@ def test_all_ways_to_train_compute_the_same_loss(tmp_path, base_llama, workload)
     assert "| reference |" in done.stdout and (tmp_path / "benchmark.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_all_ways_to_score_give_the_same_mean_reward(tmp_path):
     """A random LLaMA of its own; 2 prompts x 4 answers x 96 tokens for the reference."""
     run_benchmark(tmp_path, mode="scoring", hidden_size=32, num_layers=1)
@@ -131,6 +163,7 @@ def test_all_ways_to_score_give_the_same_mean_reward(tmp_path):
     assert results["reference"]["tokens_run"] == 2 * 4 * 96
 
 
+@pytest.mark.slow
 def test_scaling_tells_the_cost_of_an_item_at_each_size(tmp_path, base_llama):
     done = run_benchmark(tmp_path, mode="scaling", sizes=[4, 8], model_name_or_path=base_llama)
     results = read_results(tmp_path)["hh_pairs"]
@@ -149,9 +182,13 @@ def test_scaling_tells_the_cost_of_an_item_at_each_size(tmp_path, base_llama):
         ({"device": "cuda"}, "--device cuda: found no GPU"),
     ],
 )
-def test_wrong_input_ends_in_one_line(tmp_path, flags, message):
-    done = run_benchmark(tmp_path, exit_status=2, **flags)
-    assert done.stderr.strip().splitlines()[-1].startswith(f"error: {message}")
+def test_wrong_input_ends_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
+    monkeypatch.setattr(sys, "argv", benchmark_command(tmp_path / "out", **flags))
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: {message}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_table_names_the_first_contestant_and_hides_an_unknown_peak():

@@ -365,6 +365,7 @@ def test_sample_data_is_clean_under_strict():
     assert "findings in total: 0" in done.stdout and "FOUND" not in done.stdout
 
 
+@pytest.mark.slow
 def test_report_and_figure_are_written_and_a_broken_file_does_not_stop_the_others(tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text("[{", encoding="utf-8")

@@ -180,6 +180,7 @@ def test_output_folder_with_checkpoints_of_another_run_is_refused(refused, tmp_p
     assert f"{tmp_path / 'out'} holds checkpoints of another run (checkpoint-8)" in error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["broken JSON", "no separator"])
 def test_real_process_ends_with_one_line_and_status_2(tmp_path, name):
     """The same as above, as a user sees it."""
@@ -387,6 +388,7 @@ def test_metric_for_best_model_names_one_of_a_set_or_of_the_first_set(given, set
 # ------------------------------------------------------------------------------------------------ interruption
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_run_ends_as_an_undisturbed_one(tmp_path):
     """Killed at its first checkpoint, in the middle of an epoch; the weights are the same bit by bit."""
     flags = training(tmp_path, eval_data_path=E2E / "eval_b.json", save_strategy="steps", save_steps=10, max_steps=40)

@@ -176,6 +176,20 @@ def test_same_tokens_tie_exactly():
 # ------------------------------------------------------------------------------------------------ training
 
 
+@pytest.mark.parametrize(("pooling_type", "num_tokens"), [("eos", 3), ("last", 3), ("average", 10), ("max", 10)])
+def test_last_layer_runs_pooled_tokens_only(pooling_type, num_tokens):
+    """Three sequences, a tree of 10 tokens; the layer before runs them all."""
+    model, tokenizer = load_model(attention="tree_branches", pooling_type=pooling_type)
+    sizes = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
+    sequences = [[1, 7, 8, 9, 2], [1, 7, 8, 5, 2], [1, 6, 9, 2]]
+    item = {"input_ids": sequences, "scores": [0.9, 0.1, 0.1], "is_apo": False}
+    forward(model, RewardDataCollator(tokenizer.pad_token_id, batching="tree")([item]))
+    assert sizes == [10, num_tokens]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [["--task_type", "training"], ["--task_type", "apo", "--apo_loss_coeff", 0.1]])
 def test_fifty_steps_of_both_batchings_agree(tmp_path, task):
     """Every loss to 1e-4, LM loss included."""

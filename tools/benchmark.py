@@ -64,6 +64,7 @@ from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import LlamaForSequenceClassification, PrinterCallback, Trainer, set_seed
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from arguments import RewardTrainingArguments
 from models import (
@@ -249,28 +250,41 @@ class Contestant:
 
     def __init__(self, name: str, trainer: Trainer) -> None:
         self.name, self.trainer, self.layers = name, trainer, trainer.model.model
-        self.layers.rotary_emb.register_forward_pre_hook(self._count, with_kwargs=True)
+        self.layers.embed_tokens.register_forward_hook(self._count_tokens)
+        for module in self.layers.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(self._count_linear)
+            elif isinstance(module, LlamaAttention):
+                module.register_forward_pre_hook(self._count_attention, with_kwargs=True)
         # As `Trainer.train` does; it is what turns bf16 on.
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
-        self.num_tokens, self.num_attended = 0, 0
+        self.reset()
 
-    def _count(self, module: nn.Module, args: tuple[Tensor], kwargs: dict[str, Tensor]) -> None:
-        positions = kwargs["position_ids"].expand(args[0].shape[:2])  # (N, T)
-        self.num_tokens += positions.numel()
-        self.num_attended += (positions + 1).sum()  # a token attends to those before it and to itself
+    def reset(self) -> None:
+        """Begins to count anew."""
+        self.num_tokens, self.flops = 0, 0
+
+    def _count_tokens(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        self.num_tokens += args[0].numel()
+
+    def _count_linear(self, module: nn.Linear, args: tuple[Tensor], output: Tensor) -> None:
+        self.flops += 2 * module.in_features * output.numel()
+
+    def _count_attention(self, module: LlamaAttention, args: tuple, kwargs: dict[str, Tensor]) -> None:
+        positions = kwargs["position_ids"].expand(kwargs["hidden_states"].shape[:2])  # (N, T)
+        heads = module.config.num_attention_heads * module.head_dim
+        self.flops += 4 * heads * (positions + 1).sum()  # a token attends to those before it and to itself
 
     def count_flops(self, mode: str) -> float:
         """Floating-point operations of the matrix products that have run.
 
         Two for a token and a weight outside the embedding, four for an attended token and a dimension of the heads of
-        a layer, three times as many with the backward pass; the LM head of the reference has none.
+        a layer, three times as many with the backward pass; the LM head of the reference has none. A tree's last
+        layer attends from pooled tokens only, which is left out.
         """
         config = self.layers.config
-        weights = sum(x.numel() for x in self.layers.parameters()) - self.layers.embed_tokens.weight.numel()
-        heads = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-        forward = 2 * weights * self.num_tokens + 4 * heads * int(self.num_attended)
         lm_head = 2 * config.hidden_size * config.vocab_size * self.num_tokens * (self.name == "reference")
-        return forward * (1 if mode == "scoring" else 3) + lm_head
+        return float(self.flops) * (1 if mode == "scoring" else 3) + lm_head
 
 
 def make_dataset(name: str, groups: list[dict[str, Any]], args: argparse.Namespace) -> Dataset:
@@ -395,7 +409,7 @@ def memory_level(device: str, *, reset: bool = False) -> int:
 def measure(contestant: Contestant, groups: list[dict[str, Any]], args: argparse.Namespace) -> dict[str, float]:
     """One timed round of one contestant on some groups, collating and data loading included."""
     dataset = make_dataset(contestant.name, groups, args)
-    contestant.num_tokens, contestant.num_attended = 0, 0
+    contestant.reset()
     before = memory_level(args.device, reset=True)
     start = time.perf_counter()
     if args.mode == "scoring":
