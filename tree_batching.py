@@ -153,6 +153,11 @@ def prepare_attention(tree: dict[str, Tensor], attention_mask: Tensor, kind: str
     return prepare[kind](tree, attention_mask)
 
 
+def _take(states: Tensor, index: Tensor) -> Tensor:
+    """Some rows of states (1, H, S, head size): (rows, H, head size)."""
+    return states[0].transpose(0, 1).index_select(0, index)
+
+
 def prepare_pooled_attention(tree: dict[str, Tensor], positions: Tensor) -> Attend:
     """Makes the attention of one token of each sequence, whatever the device, for a last layer that runs only these.
 
@@ -168,7 +173,8 @@ def prepare_pooled_attention(tree: dict[str, Tensor], positions: Tensor) -> Atte
     mask = (torch.arange(paths.shape[1], device=paths.device) <= positions[:, None])[:, None, None]  # (N, 1, 1, T)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        key, value = (_take(states[0].transpose(0, 1), paths) for states in (key, value))  # (N, H, T, head size)
+        key, value = (_take(states, paths.flatten()).unflatten(0, paths.shape) for states in (key, value))
+        key, value = key.transpose(1, 2), value.transpose(1, 2)  # (N, H, T, head size)
         query = query[0].transpose(0, 1)[:, :, None]  # (N, H, 1, head size)
         return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)[:, :, 0].transpose(0, 1)[None]
 
@@ -237,22 +243,29 @@ def _make_call(paths: Tensor, group: list[Branch]) -> AttentionCall:
     )
 
 
-def _take(states: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (n, tokens) of states (S, H, head size), as (n, H, tokens, head size)."""
-    return states.index_select(0, index.flatten()).unflatten(0, index.shape).transpose(1, 2)
-
-
 def _prepare_branches(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
-    """The new tokens of each sequence attend to its path, sequences of similar lengths in one call."""
+    """The new tokens of each sequence attend to its path, sequences of similar lengths in one call.
+
+    The rows of all calls are gathered at once, because every gather has a gradient as large as the tree.
+    """
     calls = [_make_call(tree["paths"], group) for group in _group_branches(tree, attention_mask)]
+    query_index, key_index = (
+        torch.cat([x.flatten() for x in indices])
+        for indices in ([call.query_index for call in calls], [call.key_index for call in calls])
+    )
     rows = torch.cat([call.query_index[call.is_new] for call in calls])
     sources = torch.cat([call.is_new.flatten() for call in calls]).nonzero().squeeze(1)[rows.argsort()]  # (S,)
 
+    def take(states: Tensor, index: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
+        parts = _take(states, index).split([shape.numel() for shape in shapes])
+        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
+
     def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))  # (S, H, head size)
+        queries = take(query, query_index, [call.query_index.shape for call in calls])  # (n, H, Q, head size) each
+        key_shapes = [call.key_index.shape for call in calls]
+        keys, values = take(key, key_index, key_shapes), take(value, key_index, key_shapes)  # (n, H, K, head size)
         outputs = []
-        for call in calls:
-            q, k, v = _take(query, call.query_index), _take(key, call.key_index), _take(value, call.key_index)
+        for call, q, k, v in zip(calls, queries, keys, values, strict=True):
             causal = call.mask is None
             output = F.scaled_dot_product_attention(q, k, v, call.mask, is_causal=causal, scale=scaling)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
