@@ -132,9 +132,6 @@ class RewardTrainingArguments(TrainingArguments):
     include_num_input_tokens_seen: str = HfArg(
         default="non_padding", help="Tokens to count in the log: non_padding, all or no."
     )
-    label_names: list[str] = field(
-        default_factory=lambda: ["scores", "apo_mask"], metadata={"help": "Columns gathered beside the rewards."}
-    )
 
     def __post_init__(self) -> None:
         self._check_loss()
@@ -282,6 +279,8 @@ def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None
         raise InputError(f"--eval_strategy {args.eval_strategy.value} without --eval_data_path")
     if args.eval_on_start and not data_args.eval_data_path:
         raise InputError("--eval_at_start True without --eval_data_path")
+    if args.metric_for_best_model and not data_args.eval_data_path:
+        raise InputError(f"--metric_for_best_model {args.metric_for_best_model} without --eval_data_path")
     if args.do_train:
         check_output_dir(args)
 

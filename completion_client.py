@@ -37,7 +37,7 @@ class Completion:
     """What came back for one request."""
 
     text: str
-    is_cut: bool  # at the largest number of new tokens
+    is_truncated: bool  # at the largest number of new tokens
     prompt_tokens: int
     completion_tokens: int
     num_retries: int
@@ -166,7 +166,7 @@ def _parse_completion(body: str, num_retries: int) -> Completion:
     usage = answer.get("usage") or {}
     return Completion(
         text=text or "",
-        is_cut=choice.get("finish_reason") == "length",
+        is_truncated=choice.get("finish_reason") == "length",
         prompt_tokens=usage.get("prompt_tokens") or 0,
         completion_tokens=usage.get("completion_tokens") or 0,
         num_retries=num_retries,

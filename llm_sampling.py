@@ -41,7 +41,7 @@ from responses import Decoding, Prompt, derive_seed
 
 logger = logging.getLogger(__name__)
 
-MARKER_TOKENS = 16  # hold any marker of a next turn, even byte by byte
+STOP_STRING_TOKENS = 16  # hold any stop string, even byte by byte
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -80,7 +80,8 @@ def load_llm(path: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTr
     if info["missing_keys"]:
         names = ", ".join(sorted(info["missing_keys"])[:3])
         raise InputError(f"{path}: the checkpoint lacks weights ({names}); expected a complete language model")
-    eos = model.generation_config.eos_token_id or tokenizer.eos_token_id
+    eos = model.generation_config.eos_token_id
+    eos = tokenizer.eos_token_id if eos is None else eos
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos[0] if isinstance(eos, list) else eos)
     num_gpus = torch.cuda.device_count()
     device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % num_gpus}" if num_gpus else "cpu"
@@ -123,7 +124,7 @@ def check_positions(token_ids: list[list[int]], max_new_tokens: int, num_positio
     if longest + max_new_tokens > num_positions:
         raise InputError(
             f"the longest prompt has {longest} tokens and --max_new_tokens is {max_new_tokens}, the model has "
-            f"{num_positions} positions; expected --max_length {max(num_positions - max_new_tokens, 1)} or less"
+            f"{num_positions} positions; expected together at most that: lower --max_length or --max_new_tokens"
         )
 
 
@@ -136,7 +137,7 @@ def form_batches(token_ids: list[list[int]], batch_size: int) -> list[list[int]]
 # ------------------------------------------------------------------------------------------------ generating
 
 
-class KeyedNoise(LogitsProcessor):
+class GumbelNoise(LogitsProcessor):
     """The last step before the argmax: adds Gumbel noise, which turns the argmax into a draw from the softmax.
 
     Each row takes its noise from a generator of its own, so that a response depends on no other row.
@@ -156,14 +157,14 @@ class KeyedNoise(LogitsProcessor):
 class UserTurn(StoppingCriteria):
     """Stops a row that goes on to play the user: what follows would be cut off."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, markers: tuple[str, ...]) -> None:
-        self._tokenizer, self._prompt_length, self._markers = tokenizer, prompt_length, markers
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, stop_strings: tuple[str, ...]) -> None:
+        self._tokenizer, self._prompt_length, self._stop_strings = tokenizer, prompt_length, stop_strings
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """(N, T) -> (N,) bool."""
-        begin = max(self._prompt_length, input_ids.shape[1] - MARKER_TOKENS)
+        begin = max(self._prompt_length, input_ids.shape[1] - STOP_STRING_TOKENS)
         texts = self._tokenizer.batch_decode(input_ids[:, begin:])
-        is_done = [any(marker in text for marker in self._markers) for text in texts]
+        is_done = [any(stop_string in text for stop_string in self._stop_strings) for text in texts]
         return torch.tensor(is_done, device=input_ids.device)
 
 
@@ -178,7 +179,7 @@ def sampling_steps(decoding: Decoding, seeds: list[int], device: torch.device) -
             steps.append(TopKLogitsWarper(decoding.top_k))
         if decoding.top_p < 1:
             steps.append(TopPLogitsWarper(decoding.top_p))
-        steps.append(KeyedNoise(seeds, device))
+        steps.append(GumbelNoise(seeds, device))
     return steps
 
 
@@ -202,7 +203,7 @@ def generate(
     token_ids: list[list[int]],
     seeds: list[int],
     decoding: Decoding,
-    markers: tuple[str, ...],
+    stop_strings: tuple[str, ...],
 ) -> list[str]:
     """Continues B prompts, `decoding.num_samples` times each, every time with the random stream of a seed of its own.
 
@@ -212,7 +213,7 @@ def generate(
         token_ids: B prompts.
         seeds: N = B * num_samples, those of the first prompt first.
         decoding: how to draw.
-        markers: where a response ends because the model goes on to play the user.
+        stop_strings: where a response ends because the model goes on to play the user.
 
     Returns:
         the N new texts, in the order of the seeds.
@@ -230,7 +231,7 @@ def generate(
         past_key_values=cache,
         max_new_tokens=decoding.max_new_tokens,
         logits_processor=sampling_steps(decoding, seeds, model.device),
-        stopping_criteria=StoppingCriteriaList([UserTurn(tokenizer, input_ids.shape[1], markers)]),
+        stopping_criteria=StoppingCriteriaList([UserTurn(tokenizer, input_ids.shape[1], stop_strings)]),
     )
     return tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
 
@@ -244,7 +245,7 @@ def sample_batches(
     batches: list[list[int]],
     decoding: Decoding,
     seed: int,
-    markers: tuple[str, ...],
+    stop_strings: tuple[str, ...],
 ) -> Iterator[tuple[Prompt, list[str]]]:
     """Yields the prompts of the given batches (indices) with their texts, as the model gives them.
 
@@ -256,7 +257,7 @@ def sample_batches(
         seeds = [derive_seed(seed, prompts[i].query_id, sample) for i in batch for sample in range(num_samples)]
         inputs = {"token_ids": [token_ids[i] for i in batch], "seeds": seeds}
         try:
-            texts = generate(model, tokenizer, **inputs, decoding=decoding, markers=markers)
+            texts = generate(model, tokenizer, **inputs, decoding=decoding, stop_strings=stop_strings)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"{len(batch)} prompts x {num_samples} samples at a time do not fit into the GPU's memory; expected a "

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaModel, LlamaPreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaModel, LlamaPreTrainedModel, set_seed
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import ModelOutput, cached_file
@@ -342,7 +342,7 @@ class LlamaRewardModel(LlamaPreTrainedModel):
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state  # (N, T, D)
         else:
-            attend = prepare_attention(tree, attention_mask, self.config._attn_implementation)
+            attend = prepare_attention(tree, self.config._attn_implementation)
             hidden = self.model(
                 input_ids=input_ids, position_ids=tree["position_ids"], use_cache=False, attend=attend
             ).last_hidden_state  # (1, S, D)
@@ -370,7 +370,7 @@ class LlamaRewardModel(LlamaPreTrainedModel):
             input_ids=input_ids,
             position_ids=tree["position_ids"],
             use_cache=False,
-            attend=prepare_attention(tree, attention_mask, self.config._attn_implementation),
+            attend=prepare_attention(tree, self.config._attn_implementation),
             attend_pooled=prepare_pooled_attention(tree, positions),
             pooled_rows=tree["paths"].gather(1, positions[:, None]).squeeze(1),
         ).last_hidden_state  # (1, N, D)
@@ -423,7 +423,7 @@ def load_reward_model(
 ) -> tuple[LlamaRewardModel, bool]:
     """Loads a pretrained LLaMA, or a reward model, and says where its reward head came from.
 
-    An existing head is never initialised again. Seed the generators before the call. `attention` is that of
+    An existing head is never initialised again, a missing one after seeding with `seed`. `attention` is that of
     `tree_batching.choose_attention`; trees need another than padded batches.
 
     Returns:
@@ -432,6 +432,7 @@ def load_reward_model(
     Raises:
         InputError: the checkpoint lacks weights other than the reward head.
     """
+    set_seed(seed)
     config.pad_token_id = None  # set below: an added pad token lies beyond the table that is loaded
     config.reward_settings = asdict(settings)
     try:

@@ -11,6 +11,8 @@ records, plain or conversational, are read too. For scoring (`--data_type reject
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import functools
 import gzip
 import hashlib
@@ -20,10 +22,11 @@ import re
 import sys
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 SEPARATOR = "<sep>"
 DATA_TYPES = ("comparison_pair", "reject_sample")
@@ -51,19 +54,46 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             if os.environ.get("LOCAL_RANK", "0") != "0":
                 time.sleep(SECONDS_FOR_FIRST_PROCESS)
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr, flush=True)
             sys.exit(2)
 
     return wrapped
 
 
-def write_json(path: str | Path, obj: Any) -> None:
-    """Writes `obj` as JSON to a temporary name beside `path`, then renames: a killed run leaves no half file."""
+class OneLineParser(argparse.ArgumentParser):
+    """A tool's command line: flags in full only, and what is wrong in one line instead of a page of usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path`, and renames it at the end: a killed run leaves no half file.
+
+    Raises:
+        InputError: what was written there, or its text, cannot be written.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(obj, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, UnicodeEncodeError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); give another place, or mend the text") from error
+    finally:
+        with contextlib.suppress(OSError):  # renamed, or never there
+            temporary.unlink()
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Writes `obj` as JSON, whole or not at all; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(obj, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def sha256_of_file(path: str | Path) -> str:
@@ -252,6 +282,12 @@ def first_few(parts: list[str]) -> str:
     return "; ".join(parts[:NUM_SHOWN]) + more
 
 
+def describe_counts(counts: Counter[str], noun: str) -> str:
+    """Puts the number of things, and of each kind, into words."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()) if count)
+    return f"{counts.total()} {noun}" + (f" ({kinds})" if kinds else "")
+
+
 def raise_bad_records(path: str | Path, problems: list[str]) -> None:
     """Raises one `InputError` for all bad records of a file, if there are any."""
     if problems:
@@ -267,9 +303,11 @@ def describe(value: Any) -> str:
         return f"the string {json.dumps(value[:40], ensure_ascii=False)}{'...' * (len(value) > 40)}" if value else '""'
     if isinstance(value, (int, float)):
         return f"the number {value}"
-    return (
-        f"a list of {len(value)}" if isinstance(value, list) else f"an object with {', '.join(value) or 'no fields'}"
-    )
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"an object with {', '.join(value) or 'no fields'}"
+    return f"a value of type {type(value).__name__}"  # parquet has bytes, decimals and times
 
 
 def require(raw: dict[str, Any], field: str, expected: str) -> Any:
@@ -296,6 +334,14 @@ def _check_unicode(field: str, value: str) -> str:
 def require_text(raw: dict[str, Any], field: str) -> str:
     """Returns a field that must hold a non-empty string; raises `BadField` otherwise."""
     return _check_text(field, require(raw, field, "a non-empty string"))
+
+
+def require_string(raw: dict[str, Any], field: str) -> str:
+    """Returns a field that must hold a string, which may be empty; raises `BadField` otherwise."""
+    value = require(raw, field, "a string")
+    if not isinstance(value, str):
+        raise BadField(field, describe(value), "a string")
+    return _check_unicode(field, value)
 
 
 def _require_list(raw: dict[str, Any], field: str, expected: str) -> list[Any]:
@@ -387,7 +433,7 @@ def _render_dialogue(prompt: Any, dialogue: list[Any]) -> str:
     messages = prompt + dialogue
     for message in messages:
         if not (
-            isinstance(message, dict) and message.get("role") in roles and isinstance(message.get("content"), str)
+            isinstance(message, dict) and message.get("role") in tuple(roles) and isinstance(message.get("content"), str)
         ):
             expected = "a message with a role (user, assistant, system) and a content string"
             raise BadField("chosen/rejected", describe(message), expected)
@@ -407,13 +453,9 @@ def _parse_answers(raw: dict[str, Any]) -> PreferenceRecord:
     keys = [key for key in raw if is_answer_key(key)]
     if not keys:
         raise BadField("sample_0", f"no answer (the record has {', '.join(raw)})", "fields sample_0, sample_1, ...")
-    for key in keys:
-        if not isinstance(raw[key], str):
-            raise BadField(key, describe(raw[key]), "a string")
-        _check_unicode(key, raw[key])
     return PreferenceRecord(
         prompts=[query] * len(keys),
-        responses=[raw[key] for key in keys],
+        responses=[require_string(raw, key) for key in keys],
         scores=[0.0] * len(keys),
         query_id=query_id,
         answer_keys=keys,

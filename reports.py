@@ -8,11 +8,15 @@ import platform
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preference_records import sha256_of_file, write_json
+from preference_records import replacing, sha256_of_file, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
@@ -63,14 +67,18 @@ def write_results(output_dir: str, split: str, metrics: dict[str, Any]) -> None:
     write_json(combined, {**earlier, **metrics})
 
 
-def _new_figure(num_panels: int) -> tuple[Any, list[Any]]:
-    import matplotlib
+def new_figure(num_panels: int, width: float = 4.5, height: float = 3.5) -> tuple[Figure, list[Axes]]:
+    """Returns a figure and its panels, side by side, each of so many inches."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    figure = Figure(figsize=(width * num_panels, height), layout="constrained")
+    return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
 
-    figure, axes = plt.subplots(1, num_panels, figsize=(4.5 * num_panels, 3.5), squeeze=False, layout="constrained")
-    return figure, list(axes[0])
+
+def save_figure(path: str | Path, figure: Figure) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def plot_training_curves(output_dir: str, log_history: list[dict[str, float]]) -> None:
@@ -78,7 +86,7 @@ def plot_training_curves(output_dir: str, log_history: list[dict[str, float]]) -
     names = ("loss", "accuracy", "margin")
     losses = {key for log in log_history for key in log if key.startswith("eval_") and key.endswith("_loss")}
     eval_sets = sorted(key.removeprefix("eval_").removesuffix("_loss") for key in losses)
-    figure, axes = _new_figure(len(names))
+    figure, axes = new_figure(len(names))
     for name, axis in zip(names, axes, strict=True):
         curves = {"training": name, **{eval_set: f"eval_{eval_set}_{name}" for eval_set in eval_sets}}
         for color, (label, key) in enumerate(curves.items()):
@@ -86,7 +94,7 @@ def plot_training_curves(output_dir: str, log_history: list[dict[str, float]]) -
             axis.plot(*np.transpose(points or [(np.nan, np.nan)]), marker=".", color=f"C{color % 10}", label=label)
         axis.set(xlabel="step", title=name)
     axes[0].legend(fontsize=7)
-    figure.savefig(Path(output_dir) / "training_curves.png", dpi=120)
+    save_figure(Path(output_dir) / "training_curves.png", figure)
 
 
 def save_calibration(output_dir: str, name: str, curves: dict[int, dict[str, np.ndarray]]) -> None:
@@ -94,12 +102,12 @@ def save_calibration(output_dir: str, name: str, curves: dict[int, dict[str, np.
     stem = Path(output_dir) / f"calibration_{name.replace('/', '_').removesuffix('.json')}"
     numbers = {bins: {key: values.tolist() for key, values in curve.items()} for bins, curve in curves.items()}
     write_json(stem.with_name(stem.name + ".json"), numbers)
-    figure, axes = _new_figure(len(curves))
+    figure, axes = new_figure(len(curves))
     for (bins, curve), axis in zip(curves.items(), axes, strict=True):
         axis.plot([0, 1], [0, 1], linestyle=":", color="grey")
         axis.plot(curve["confidence"], curve["accuracy"], marker="o")
         axis.set(xlabel="predicted probability", ylabel="share preferred", title=f"{name}, {bins} bins")
-    figure.savefig(stem.with_name(stem.name + ".png"), dpi=120)
+    save_figure(stem.with_name(stem.name + ".png"), figure)
 
 
 def write_model_card(output_dir: str, base_model: str, settings: dict[str, Any], results: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Prompts and their responses: the prompts of a file, the forms that models read, and what a killed run had already.
+"""Prompts and their responses: the prompts of a file, and the forms that models read and data hold.
 
 `tools/inference_llm.py` (the LLM's samples) and `tools/annotate_golden.py` (golden answers) share it.
 """
@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from preference_records import (
     SEPARATOR,
@@ -21,7 +20,7 @@ from preference_records import (
     InputError,
     describe,
     first_few,
-    load_preference_data,
+    parse_record,
     raise_bad_records,
     read_records,
     require_query_id,
@@ -33,8 +32,8 @@ logger = logging.getLogger(__name__)
 TEMPLATES = ("plain", "llama-2-chat", "chat")
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 TURN = re.compile(rf"\n\n({'|'.join(ROLES)}):")
-GOLDEN_MARKERS = ("\nHuman:",)  # where a strong model goes on to play the user: "\nHumans need water" is an answer
-SAMPLE_MARKERS = ("\nHuman",)  # the reference's rule for the LLM's samples
+GOLDEN_STOP_STRINGS = ("\nHuman:",)  # where a strong model plays the user: "\nHumans need water" is an answer
+SAMPLE_STOP_STRINGS = ("\nHuman",)  # the reference's rule for the LLM's samples
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -66,13 +65,19 @@ def load_prompts(path: str | Path, data_type: str | None = None) -> list[Prompt]
         InputError: bad records, or an id that occurs twice: later stages tell prompts apart by their ids.
     """
     placed = read_records(path)
-    if data_type == "reject_sample" or (data_type is None and "query" in placed[0][1]):
-        prompts = _parse_queries(path, placed)
-    else:
-        records = load_preference_data(path, "comparison_pair")
-        prompts = [Prompt(place, r.query_id, r.prompts[0]) for (place, _), r in zip(placed, records, strict=True)]
+    has_query = data_type == "reject_sample" or (data_type is None and "query" in placed[0][1])
+    prompts, problems = [], []
+    for index, (place, raw) in enumerate(placed):
+        try:
+            if has_query:
+                prompts.append(Prompt(place, require_query_id(raw, str(index)), require_text(raw, "query")))
+            else:
+                record = parse_record(raw, "comparison_pair", str(index))
+                prompts.append(Prompt(place, record.query_id, record.prompts[0]))
+        except BadField as error:
+            problems.append(f"{place}: {error}")
+    raise_bad_records(path, problems)
     first: dict[str, str] = {}
-    problems = []
     for prompt in prompts:
         if not prompt.query.strip():
             problems.append(f"{prompt.place}: found no prompt, expected <prompt>{SEPARATOR}<response>")
@@ -82,17 +87,6 @@ def load_prompts(path: str | Path, data_type: str | None = None) -> list[Prompt]
                 "expected one record a prompt"
             )
         first.setdefault(prompt.query_id, prompt.place)
-    raise_bad_records(path, problems)
-    return prompts
-
-
-def _parse_queries(path: str | Path, placed: list[tuple[str, dict[str, Any]]]) -> list[Prompt]:
-    prompts, problems = [], []
-    for index, (place, raw) in enumerate(placed):
-        try:
-            prompts.append(Prompt(place, require_query_id(raw, str(index)), require_text(raw, "query")))
-        except BadField as error:
-            problems.append(f"{place}: {error}")
     raise_bad_records(path, problems)
     return prompts
 
@@ -176,25 +170,25 @@ def render_prompts(path: str, prompts: list[Prompt], template: str) -> list[str 
     return rendered
 
 
-def list_turn_markers(template: str) -> tuple[str, ...]:
+def stop_strings_of(template: str) -> tuple[str, ...]:
     """Returns what an LLM writes when it goes on to play the user."""
-    return (*SAMPLE_MARKERS, "[INST]") if template == "llama-2-chat" else SAMPLE_MARKERS
+    return (*SAMPLE_STOP_STRINGS, "[INST]") if template == "llama-2-chat" else SAMPLE_STOP_STRINGS
 
 
-def count_cuts(texts: Iterable[str], markers: tuple[str, ...]) -> int:
+def count_cuts(texts: Iterable[str], stop_strings: tuple[str, ...]) -> int:
     """Counts the texts that `format_response` cuts."""
-    return sum(any(marker in text for marker in markers) for text in texts)
+    return sum(any(stop_string in text for stop_string in stop_strings) for text in texts)
 
 
-def format_response(text: str, markers: tuple[str, ...]) -> str:
+def format_response(text: str, stop_strings: tuple[str, ...]) -> str:
     """Brings a model's text into the form of a response in the data: cut where it goes on to play the user, no white
     space at the end, one space in front.
 
     Golden and sampled responses must not differ in this, or a reward model learns the space instead of the content.
     An empty answer stays empty. Half a surrogate pair, which no file can hold, becomes a question mark.
     """
-    for marker in markers:
-        text = text.split(marker, maxsplit=1)[0]
+    for stop_string in stop_strings:
+        text = text.split(stop_string, maxsplit=1)[0]
     text = text.encode(errors="replace").decode().strip()
     return f" {text}" if text else ""
 

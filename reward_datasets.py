@@ -58,6 +58,24 @@ def build_sequence(
     return ids[-max_length:] if truncation_side == "left" else ids[:max_length]
 
 
+def preferred_pairs(scores: list[float]) -> list[tuple[int, int]]:
+    """Returns the pairs (i, j) of an item's responses in which i has the higher score."""
+    return [(i, j) for i, j in itertools.permutations(range(len(scores)), 2) if scores[i] > scores[j]]
+
+
+def encode_records(
+    placed: Iterable[tuple[Any, PreferenceRecord]], tokenizer: RewardTokenizer
+) -> Iterator[tuple[Any, PreferenceRecord, list[tuple[list[int], list[int]]]]]:
+    """Adds to each (place, record) the (prompt ids, response ids) of its responses; no border merges."""
+    placed = iter(placed)
+    while batch := list(itertools.islice(placed, TOKENIZE_BATCH_SIZE)):
+        prompts = list(dict.fromkeys(prompt for _, record in batch for prompt in record.prompts))
+        prompt_ids = dict(zip(prompts, tokenizer.encode(prompts), strict=True))
+        response_ids = iter(tokenizer.encode([response for _, record in batch for response in record.responses]))
+        for place, record in batch:
+            yield place, record, [(prompt_ids[prompt], next(response_ids)) for prompt in record.prompts]
+
+
 def tokenize_records(
     records: Iterable[PreferenceRecord],
     tokenizer: RewardTokenizer,
@@ -66,46 +84,32 @@ def tokenize_records(
     truncation_side: str,
     add_sep_token: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Yields one row per record; prompt and response are encoded apart, so their border never merges.
+    """Yields one row per record; see `encode_records`.
 
     Row: `input_ids` R lists of ids, `scores` R normalised scores, `is_apo`, `query_id`, `answer_keys`, three counts:
     `num_pairs` (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical`
     (pairs whose two sequences became the same, so that nothing can be learnt from them), and three sizes in tokens:
     `length` (of all sequences as a prefix tree), `num_tokens` (their sum), `longest`.
     """
-    records = iter(records)
-    while batch := list(itertools.islice(records, TOKENIZE_BATCH_SIZE)):
-        prompts = {prompt: None for record in batch for prompt in record.prompts}
-        prompt_ids = dict(zip(prompts, tokenizer.encode(list(prompts)), strict=True))
-        response_ids = iter(tokenizer.encode([response for record in batch for response in record.responses]))
-        for record in batch:
-            pairs_ids = [(prompt_ids[prompt], next(response_ids)) for prompt in record.prompts]
-            sequences = [
-                build_sequence(
-                    *ids,
-                    tokenizer,
-                    max_length=max_length,
-                    truncation_side=truncation_side,
-                    add_sep_token=add_sep_token,
-                )
-                for ids in pairs_ids
-            ]
-            num_special = 2 + add_sep_token
-            scores = np.float32(normalize_scores(record.scores)).tolist()
-            yield {
-                "input_ids": sequences,
-                "scores": scores,
-                "is_apo": record.is_apo,
-                "query_id": record.query_id,
-                "answer_keys": record.answer_keys,
-                "num_truncated": sum(len(p) + len(r) + num_special > max_length for p, r in pairs_ids),
-                **_count_pairs(scores, sequences),
-                **_count_tokens(sequences),
-            }
+    settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
+    for _, record, pairs_ids in encode_records(enumerate(records), tokenizer):
+        sequences = [build_sequence(*ids, tokenizer, **settings) for ids in pairs_ids]
+        num_special = 2 + add_sep_token
+        scores = np.float32(normalize_scores(record.scores)).tolist()
+        yield {
+            "input_ids": sequences,
+            "scores": scores,
+            "is_apo": record.is_apo,
+            "query_id": record.query_id,
+            "answer_keys": record.answer_keys,
+            "num_truncated": sum(len(p) + len(r) + num_special > max_length for p, r in pairs_ids),
+            **_count_pairs(scores, sequences),
+            **_count_tokens(sequences),
+        }
 
 
 def _count_pairs(scores: list[float], sequences: list[list[int]]) -> dict[str, int]:
-    pairs = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
+    pairs = preferred_pairs(scores)
     return {"num_pairs": len(pairs), "num_identical": sum(sequences[i] == sequences[j] for i, j in pairs)}
 
 

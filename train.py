@@ -110,7 +110,6 @@ def main() -> None:
 
     # The rest of the heavy imports, once the command line is known to be right.
     import torch
-    from transformers import set_seed
 
     from models import load_config, load_reward_model, load_reward_tokenizer, resolve_settings
     from reports import plot_training_curves, write_manifest, write_model_card, write_results
@@ -165,7 +164,6 @@ def main() -> None:
         prepare_deepspeed(args.device.type)
     compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else getattr(torch, model_args.dtype)
     attention = choose_attention(config, args.batching, args.device, compute_dtype)
-    set_seed(args.seed)
     model, head_loaded = load_reward_model(
         model_args.model_name_or_path,
         config,

@@ -132,8 +132,8 @@ def calibration_curve(rewards: np.ndarray, scores: np.ndarray, num_bins: int) ->
         Per non-empty bin: `count`, mean `confidence` and `accuracy`, the share in which i is preferred.
     """
     preferred = preference_pairs(torch.as_tensor(scores)).numpy()
-    item, winner, loser = preferred.nonzero()
-    difference = rewards[item, winner].astype(np.float64) - rewards[item, loser]
+    item, chosen, rejected = preferred.nonzero()
+    difference = rewards[item, chosen].astype(np.float64) - rewards[item, rejected]
     win = np.exp(-np.logaddexp(0.0, -difference))
     probability = np.concatenate([win, 1.0 - win])  # both orders of each pair
     correct = np.concatenate([np.ones_like(win), np.zeros_like(win)])
@@ -174,11 +174,11 @@ def preference_metrics(
         Without a single pair only the rewards are reported.
     """
     metrics = {"Avg Score": float(np.nanmean(rewards)), "mean_reward": float(rewards[scores >= 0].mean())}
-    item, winner, loser = preference_pairs(torch.as_tensor(scores)).numpy().nonzero()
+    item, chosen, rejected = preference_pairs(torch.as_tensor(scores)).numpy().nonzero()
     metrics |= {"pairs": len(item), "ties": 0}
     if not len(item):
         return metrics
-    difference = rewards[item, winner] - rewards[item, loser]
+    difference = rewards[item, chosen] - rewards[item, rejected]
     metrics["Preference Acc"] = metrics["accuracy"] = float((difference > 0).mean())
     metrics["margin"] = float(difference.mean())
     metrics["ties"] = int((difference == 0).sum())
@@ -238,7 +238,7 @@ class RewardModelTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keeps the scores in float32: under DeepSpeed they would be rounded to bf16, and close ones would tie."""
-        labels = {name: inputs[name].to(self.args.device) for name in self.label_names}
+        labels = {name: inputs[name].to(self.args.device) for name in ("scores", "apo_mask")}
         return {**super()._prepare_inputs(inputs), **labels}
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> RewardModelOutput:
@@ -284,7 +284,7 @@ class RewardModelTrainer(Trainer):
             self._batches = None
         return dict(zip(output.label_ids[-1].tolist(), output.predictions[0], strict=True))
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+    def get_eval_dataloader(self, eval_dataset: str | Dataset) -> DataLoader:
         """This process's share of the batches, each with the `index` (B,) of its items."""
         dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         batches = self.eval_batches(dataset) if self._batches is None else self._batches

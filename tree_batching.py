@@ -60,13 +60,13 @@ def build_token_tree(sequences: list[list[int]]) -> dict[str, Tensor]:
 
     The example above: `input_ids` [[p0 p1 p2 a0 a1 b0]], `position_ids` [[0 1 2 3 4 3]],
     `subtree_ends` [6 6 6 5 5 6], `paths` [[0 1 2 3 4], [0 1 2 5 0]], `attention_mask` [[1 1 1 1 1], [1 1 1 1 0]],
-    `branches` [[0 5], [1 1]].
+    `branches` [[0 5 5], [1 4 1]].
 
     Returns:
         `input_ids`, `position_ids` (1, S); `subtree_ends` (S,), the row index behind the last descendant of a token;
         `paths` (N, T), the row indices of each sequence, in the order given, right-padded with 0, and their
-        `attention_mask` (N, T); `branches` (N, 2), in the order in which the sequences stand in the row: the sequence
-        and how many tokens it adds to the row.
+        `attention_mask` (N, T); `branches` (N, 3), in the order in which the sequences stand in the row: the sequence,
+        its length, and how many tokens it adds to the row.
     """
     arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
     total = sum(map(len, arrays))
@@ -82,7 +82,7 @@ def build_token_tree(sequences: list[list[int]]) -> dict[str, Tensor]:
         subtree_ends[path[shared:]] = size
         path = np.concatenate([path[:shared], np.arange(size, size + num_new)])
         paths[i], previous = path, arrays[i]
-        branches.append((i, num_new))
+        branches.append((i, len(arrays[i]), num_new))
         size += num_new
     subtree_ends[path] = size
     row_indices = [torch.from_numpy(path) for path in paths]
@@ -128,6 +128,7 @@ def tree_attention(
         (1, S, H, head size), and None in place of the attention weights.
     """
     assert dropout == 0.0, dropout
+    query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves them in float32, as the rotation is
     group_size = query.shape[1] // key.shape[1]
     if group_size > 1:
         key, value = key.repeat_interleave(group_size, dim=1), value.repeat_interleave(group_size, dim=1)
@@ -138,19 +139,18 @@ for _name in TREE_ATTENTIONS:
     AttentionInterface.register(_name, tree_attention)
 
 
-def prepare_attention(tree: dict[str, Tensor], attention_mask: Tensor, kind: str) -> Attend:
+def prepare_attention(tree: dict[str, Tensor], kind: str) -> Attend:
     """Makes what the attention of every layer needs to know of a batch.
 
     Args:
         tree: of `build_token_tree`.
-        attention_mask: (N, T), likewise.
         kind: one of `TREE_ATTENTIONS`.
 
     Returns:
         A function of query, key, value (1, H, S, head size) and the scaling; it returns their attention.
     """
     prepare = {"tree_branches": _prepare_branches, "tree_flex": _prepare_flex, "tree_mask": _prepare_mask}
-    return prepare[kind](tree, attention_mask)
+    return prepare[kind](tree)
 
 
 def _take(states: Tensor, index: Tensor) -> Tensor:
@@ -202,18 +202,17 @@ class AttentionCall:
     is_new: Tensor
 
 
-def _group_branches(tree: dict[str, Tensor], attention_mask: Tensor) -> list[list[Branch]]:
+def _group_branches(tree: dict[str, Tensor]) -> list[list[Branch]]:
     """Divides the branches into groups for one call of attention each.
 
     A path that is mostly new is queried as a whole, which causal attention does at half the price. A group grows while
     what it attends to, padding included, stays below `MAX_PADDING` times what its branches need.
     """
-    lengths = attention_mask.sum(-1).tolist()
     branches = []
-    for i, num_new in tree["branches"].tolist():
-        start = lengths[i] - num_new
+    for i, length, num_new in tree["branches"].tolist():
+        start = length - num_new
         if num_new:
-            branches.append(Branch(i, lengths[i], start, first=0 if 2 * start < lengths[i] else start))
+            branches.append(Branch(i, length, start, first=0 if 2 * start < length else start))
     groups: list[list[Branch]] = []
     needed = 0
     for branch in sorted(branches, key=lambda b: (b.first > 0, b.first - b.length, -b.length)):
@@ -234,21 +233,22 @@ def _make_call(paths: Tensor, group: list[Branch]) -> AttentionCall:
     sequence, length, start, first = torch.tensor(fields, device=paths.device).unbind(1)  # (n,) each
     num_queries, num_keys = int((length - first).max()), int(length.max())
     position = first[:, None] + torch.arange(num_queries, device=paths.device)  # (n, Q)
-    mask = torch.arange(num_keys, device=paths.device) <= position[:, :, None]  # (n, Q, K)
+    needs_mask = group[0].first > 0
+    mask = (torch.arange(num_keys, device=paths.device) <= position[:, :, None])[:, None] if needs_mask else None
     return AttentionCall(
         query_index=paths[sequence].gather(1, position.clamp(max=paths.shape[1] - 1)),
         key_index=paths[sequence, :num_keys],
-        mask=mask[:, None] if group[0].first else None,
+        mask=mask,
         is_new=(position >= start[:, None]) & (position < length[:, None]),
     )
 
 
-def _prepare_branches(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
+def _prepare_branches(tree: dict[str, Tensor]) -> Attend:
     """The new tokens of each sequence attend to its path, sequences of similar lengths in one call.
 
     The rows of all calls are gathered at once, because every gather has a gradient as large as the tree.
     """
-    calls = [_make_call(tree["paths"], group) for group in _group_branches(tree, attention_mask)]
+    calls = [_make_call(tree["paths"], group) for group in _group_branches(tree)]
     query_index, key_index = (
         torch.cat([x.flatten() for x in indices])
         for indices in ([call.query_index for call in calls], [call.key_index for call in calls])
@@ -274,7 +274,7 @@ def _prepare_branches(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend
     return attend
 
 
-def _prepare_flex(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
+def _prepare_flex(tree: dict[str, Tensor]) -> Attend:
     """Flex attention over the row, which skips the blocks of the (S, S) matrix without a token that attends.
 
     Finding these blocks takes a few (S, S) bool tensors, once a batch.
@@ -289,7 +289,7 @@ def _prepare_flex(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
     return lambda query, key, value, scaling: flex(query, key, value, block_mask=block_mask, scale=scaling)
 
 
-def _prepare_mask(tree: dict[str, Tensor], attention_mask: Tensor) -> Attend:
+def _prepare_mask(tree: dict[str, Tensor]) -> Attend:
     """Scaled-dot-product attention over the row with an (S, S) mask."""
     ends = tree["subtree_ends"]
     index = torch.arange(len(ends), device=ends.device)
@@ -342,7 +342,7 @@ def _try_flex(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> 
     """Compiles and runs flex attention, forward and backward, at the head size of the model."""
     sequences = [list(range(200)), [*range(150), *range(300, 400)]]
     tree = {name: tensor.to(device) for name, tensor in build_token_tree(sequences).items()}
-    attend = prepare_attention(tree, tree["attention_mask"], "tree_flex")
+    attend = prepare_attention(tree, "tree_flex")
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = (1, config.num_attention_heads, len(tree["subtree_ends"]), head_size)
     query = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)

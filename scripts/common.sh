@@ -40,7 +40,6 @@ fi
 
 num_cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((num_cores > NUM_GPUS ? num_cores / NUM_GPUS : 1))}
-export TOKENIZERS_PARALLELISM=false
 
 if ((NNODES > 1)); then
     launch=(torchrun --nnodes "$NNODES" --nproc_per_node "$NUM_GPUS" --rdzv_backend c10d

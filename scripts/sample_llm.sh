@@ -44,7 +44,6 @@ if [[ $ENGINE == transformers ]]; then
     NUM_GPUS=${NUM_GPUS:-$((num_found > 0 ? num_found : 1))}
     if ((NUM_GPUS > 1)); then launch=(torchrun --nproc_per_node "$NUM_GPUS" --master_port "${MASTER_PORT:-6000}"); fi
 fi
-export TOKENIZERS_PARALLELISM=false
 
 "${launch[@]}" "$REPO/tools/inference_llm.py" --engine "$ENGINE" --model_name_or_path "$MODEL" \
     --model_prefix "${LLM_NAME:-llm}" --task_type "$TASK_TYPE" --data_path "$DATA_PATH" \

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+MAX_TOKENS = 6  # of an answer
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 
 
@@ -26,11 +27,10 @@ class CompletionServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, model_path: Path, max_tokens: int = 6) -> None:
+    def __init__(self, model_path: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.model = AutoModelForCausalLM.from_pretrained(model_path).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self.max_tokens = max_tokens
         self.lock = threading.Lock()
         self.reset()
 
@@ -58,7 +58,7 @@ class CompletionServer(ThreadingHTTPServer):
         if prompt is None:
             prompt = self.tokenizer.apply_chat_template(body["messages"], chat_template=CHAT_TEMPLATE, tokenize=False)
         ids = self.tokenizer(prompt, return_tensors="pt").input_ids
-        num_tokens = min(self.max_tokens, body.get("max_tokens") or body.get("max_completion_tokens"))
+        num_tokens = min(MAX_TOKENS, body.get("max_tokens") or body.get("max_completion_tokens"))
         with self.lock, torch.random.fork_rng(devices=[]):
             torch.manual_seed(body.get("seed", 0))
             output = self.model.generate(ids, do_sample=True, max_new_tokens=num_tokens, pad_token_id=0)

@@ -1,4 +1,4 @@
-"""Fixtures and helpers of all tests: tiny models, small data files, and ways to run `train.py`.
+"""Fixtures and helpers of all tests: tiny models, small data files, a server, and ways to run `train.py` and tools.
 
 Nothing here needs a network or a GPU. Everything runs in one thread, because tiny models get slower with more, and the
 cache of tokenised data is a fresh folder, so that no run sees what an earlier one left.
@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 CACHE_DIR = tempfile.mkdtemp(prefix="reward_tests_")
@@ -32,6 +32,7 @@ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "
 
 import pytest
 import torch
+from completion_server import CompletionServer, running
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -151,7 +152,20 @@ def rewards_of(
     return forward(model, batch).rewards
 
 
-# ------------------------------------------------------------------------------------------------ running train.py
+@pytest.fixture(scope="session")
+def one_server(base_llama: Path) -> Iterator[CompletionServer]:
+    with running(base_llama) as server:
+        yield server
+
+
+@pytest.fixture
+def server(one_server: CompletionServer, monkeypatch: pytest.MonkeyPatch) -> CompletionServer:
+    """A server that has answered nothing yet, and its key."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    return one_server.reset()
+
+
+# ------------------------------------------------------------------------------------------------ running
 
 
 def command_line(*parts: object, **flags: object) -> list[str]:
@@ -173,6 +187,14 @@ def run_main(*parts: object, **flags: object) -> None:
         sys.argv = argv
         os.environ.clear()
         os.environ.update(environment)
+
+
+def run_tool(name: str, *words: object, exit_status: int = 0) -> subprocess.CompletedProcess:
+    """Runs a tool as a user does, and checks its exit status."""
+    command = [sys.executable, str(REPO_ROOT / "tools" / name), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == exit_status, f"exit status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
 
 
 def free_port() -> int:

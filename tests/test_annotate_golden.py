@@ -1,30 +1,16 @@
 """Golden answers from a server: complete, counted, paid for once."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from completion_server import running
-from conftest import REPO_ROOT, command_line, pair, read_json, write_records
+from conftest import command_line, pair, read_json, write_records
 
 from tools import annotate_golden
 from tools.annotate_golden import describe_cost, estimate_prompt_tokens
 from tools.apo_data_converter import convert, read_golden, read_samples
 
 PROMPTS = [f"\n\nHuman: What is {i}?\n\nAssistant:" for i in range(5)]
-
-
-@pytest.fixture(scope="module")
-def one_server(base_llama):
-    with running(base_llama) as server:
-        yield server
-
-
-@pytest.fixture
-def server(one_server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    return one_server.reset()
 
 
 @pytest.fixture
@@ -101,10 +87,10 @@ def test_a_changed_question_is_asked_anew(annotate, server):
 
 def test_the_estimate_comes_before_the_first_request(annotate, server, caplog, tmp_path):
     """Each prompt "What is 0?" is 10 bytes: 4 tokens, and 4 for the message; 5 x 8 = 40 in, 5 x 4 = 20 out; at
-    2 and 10 a million: 0.00008 + 0.0002."""
+    0.02 and 0.1 a token: 0.8 + 2.0."""
     caplog.set_level("INFO")
-    annotate(dry_run=[], price_per_million_input=2, price_per_million_output=10)
-    expected = "5 prompts to ask, at most about 40 prompt tokens and 20 completion tokens: 0.00 at the given prices"
+    annotate(dry_run=[], price_per_million_input=20_000, price_per_million_output=100_000)
+    expected = "5 prompts to ask, at most about 40 prompt tokens and 20 completion tokens: 2.80 at the given prices"
     assert expected in caplog.text
     assert server.requests == [] and list(tmp_path.glob("g*")) == []
 
@@ -199,6 +185,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_request(annot
     ("changes", "message"),
     [
         ({"price_per_million_input": 1}, "--price_per_million_output together, found one"),
+        ({"price_per_million_input": 1, "price_per_million_output": -1}, "_output -1.0: expected 0 or more"),
+        ({"price_per_million_input": "nan", "price_per_million_output": 1}, "_input nan: expected 0 or more"),
+        ({"temperature": "inf"}, "--temperature inf: expected 0 or more, and finite"),
         ({"max_new_tokens": 0}, "--max_new_tokens 0: expected at least 1"),
         ({"name": "g.jsonl"}, "expected a name that ends in .json"),
         ({"data_path": "absent.json"}, "absent.json: no such file"),
@@ -210,9 +199,3 @@ def test_wrong_input_is_one_line_and_status_2(annotate, changes, message, capsys
         annotate(**changes)
     error = capsys.readouterr().err
     assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and message in error
-
-
-def test_help_shows_an_example():
-    command = [sys.executable, str(REPO_ROOT / "tools" / "annotate_golden.py"), "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "python tools/annotate_golden.py --model gpt-4o --dry_run" in done.stdout

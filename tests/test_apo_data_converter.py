@@ -1,18 +1,17 @@
 """The converter: the reference's pairs exactly, and nothing that cannot be trained on."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import PARITY, read_json, run_tool, write_records
 
 from preference_records import InputError
-from responses import GOLDEN_MARKERS, SAMPLE_MARKERS
+from responses import GOLDEN_STOP_STRINGS, SAMPLE_STOP_STRINGS
 from tools.apo_data_converter import convert, cut_next_turn, read_golden, read_samples
 
-REPO_ROOT = Path(__file__).resolve().parents[1]
-PARITY = json.loads((REPO_ROOT / "tests" / "parity" / "converter.json").read_text(encoding="utf-8"))
+TOOL = "apo_data_converter.py"
+RECORDED = read_json(PARITY / "converter.json")
 QUERY = "\n\nHuman: Why?\n\nAssistant:"
 
 
@@ -29,10 +28,8 @@ def files(tmp_path):
     """Writes a golden and a samples file, returns their paths."""
 
     def write(golden_records: list, sample_records: list) -> tuple[Path, Path]:
-        paths = tmp_path / "golden.json", tmp_path / "samples.json"
-        for path, records in zip(paths, (golden_records, sample_records), strict=True):
-            path.write_text(json.dumps(records), encoding="utf-8")
-        return paths
+        golden_path = write_records(tmp_path / "golden.json", golden_records)
+        return golden_path, write_records(tmp_path / "samples.json", sample_records)
 
     return write
 
@@ -41,44 +38,36 @@ def convert_files(paths, **options):
     return convert(read_golden(paths[0]), read_samples(paths[1]), **options)
 
 
-def run_tool(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPO_ROOT / "tools" / "apo_data_converter.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 def test_pairs_are_those_of_the_reference(files):
-    items = convert_files(files(PARITY["golden"], PARITY["samples"])).items
-    assert items == PARITY["text_scores"]
+    items = convert_files(files(RECORDED["golden"], RECORDED["samples"])).items
+    assert items == RECORDED["text_scores"]
     assert [list(item) for item in items] == [["text", "scores", "type"]] * len(items)
 
 
 def test_command_line_writes_the_reference_file_and_one_line(files, tmp_path):
-    golden_path, sample_path = files(PARITY["golden"], PARITY["samples"])
+    golden_path, sample_path = files(RECORDED["golden"], RECORDED["samples"])
     flags = ["--golden_data_path", golden_path, "--sample_data_path", sample_path]
-    done = run_tool(*flags, "--output_dir", tmp_path / "new" / "apo_data", "--apo_data_name", "rm_v0")
-    assert done.returncode == 0, done.stderr
+    done = run_tool(TOOL, *flags, "--output_dir", tmp_path / "new" / "apo_data", "--apo_data_name", "rm_v0")
     path = tmp_path / "new" / "apo_data" / "rm_v0_text_scores.json"
-    assert json.loads(path.read_text(encoding="utf-8")) == PARITY["text_scores"]
+    assert read_json(path) == RECORDED["text_scores"]
     assert done.stdout == (f"12 prompts matched, 48 pairs written, 0 ids unmatched, 0 answers skipped: {path}\n")
 
 
 def test_wrong_input_on_the_command_line_is_one_line_and_status_2(files, tmp_path):
     _, sample_path = files([golden()], [sampled(1, " No.")])
     flags = ["--golden_data_path", tmp_path / "absent.json", "--sample_data_path", sample_path]
-    done = run_tool(*flags, "--output_dir", tmp_path, "--apo_data_name", "x")
-    assert done.returncode == 2
+    done = run_tool(TOOL, *flags, "--output_dir", tmp_path, "--apo_data_name", "x", exit_status=2)
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert "absent.json" in done.stderr
 
 
 def test_sampling_keeps_one_pair_per_prompt_and_has_its_own_file_name(files, tmp_path):
-    golden_path, sample_path = files(PARITY["golden"], PARITY["samples"])
+    golden_path, sample_path = files(RECORDED["golden"], RECORDED["samples"])
     flags = ["--golden_data_path", golden_path, "--sample_data_path", sample_path]
-    done = run_tool(*flags, "--output_dir", tmp_path, "--apo_data_name", "rm_v0", "--sampling")
-    assert done.returncode == 0, done.stderr
-    items = json.loads((tmp_path / "rm_v0_sampled_text_scores.json").read_text(encoding="utf-8"))
-    assert len(items) == len(PARITY["samples"])
-    assert all(item in PARITY["text_scores"] for item in items)
+    run_tool(TOOL, *flags, "--output_dir", tmp_path, "--apo_data_name", "rm_v0", "--sampling")
+    items = read_json(tmp_path / "rm_v0_sampled_text_scores.json")
+    assert len({item["text"][0] for item in items}) == len(items) == len(RECORDED["samples"])
+    assert all(item in RECORDED["text_scores"] for item in items)
 
 
 def test_sampling_is_decided_by_the_seed(files):
@@ -89,14 +78,14 @@ def test_sampling_is_decided_by_the_seed(files):
 
 
 def test_group_holds_the_same_pairs_as_one_item_per_prompt(files):
-    paths = files(PARITY["golden"], PARITY["samples"])
+    paths = files(RECORDED["golden"], RECORDED["samples"])
     groups = convert_files(paths, group=True).items
-    assert len(groups) == len(PARITY["samples"])
-    assert [group["query_id"] for group in groups] == [str(record["query_id"]) for record in PARITY["samples"]]
+    assert len(groups) == len(RECORDED["samples"])
+    assert [group["query_id"] for group in groups] == [str(record["query_id"]) for record in RECORDED["samples"]]
     assert all(group["scores"] == [1.0] + [0.0] * (len(group["text"]) - 1) for group in groups)
     assert all(group["type"] == "apo" for group in groups)
     pairs = [[group["text"][0], text] for group in groups for text in group["text"][1:]]
-    assert pairs == [item["text"] for item in PARITY["text_scores"]]
+    assert pairs == [item["text"] for item in RECORDED["text_scores"]]
 
 
 def test_samples_come_in_numeric_order_whatever_their_number(files):
@@ -106,26 +95,25 @@ def test_samples_come_in_numeric_order_whatever_their_number(files):
 
 
 def test_answer_is_stripped_only_where_it_is_cut():
-    for markers in (GOLDEN_MARKERS, SAMPLE_MARKERS):
-        assert cut_next_turn(" Yes. \n\nHuman: And?\n\nHuman: Hm", markers) == "Yes."
-        assert cut_next_turn("  Yes.\n", markers) == "  Yes.\n"
+    for stop_strings in (GOLDEN_STOP_STRINGS, SAMPLE_STOP_STRINGS):
+        assert cut_next_turn(" Yes. \n\nHuman: And?\n\nHuman: Hm", stop_strings) == "Yes."
+        assert cut_next_turn("  Yes.\n", stop_strings) == "  Yes.\n"
 
 
 def test_lines_about_humans_are_cut_from_samples_only_and_cuts_are_counted(files, tmp_path):
     answer = " Yes:\nHumans need water."
     paths = files([golden(1, answer), golden(2, "Yes.\nHuman: And?")], [sampled(i, answer, " No.") for i in (1, 2)])
     flags = ["--golden_data_path", paths[0], "--sample_data_path", paths[1], "--output_dir", tmp_path]
-    done = run_tool(*flags, "--apo_data_name", "x")
+    done = run_tool(TOOL, *flags, "--apo_data_name", "x")
     assert "cut where they go on to play the user: 1 golden, 2 sampled answers" in done.stderr
-    items = json.loads((tmp_path / "x_text_scores.json").read_text(encoding="utf-8"))
+    items = read_json(tmp_path / "x_text_scores.json")
     assert items[0]["text"] == [f"{QUERY}<sep>{answer}", f"{QUERY}<sep>Yes:"]
 
 
 def test_unmatched_ids_are_counted_and_named(files, tmp_path):
     paths = files([golden(i) for i in range(8)], [sampled(1, " No."), sampled("x", " No.")])
     flags = ["--golden_data_path", paths[0], "--sample_data_path", paths[1], "--output_dir", tmp_path]
-    done = run_tool(*flags, "--apo_data_name", "x")
-    assert done.returncode == 0, done.stderr
+    done = run_tool(TOOL, *flags, "--apo_data_name", "x")
     assert "7 golden answers without samples, left out: 0; 2; 3; 4; 5; and 2 more" in done.stderr
     assert "1 samples without a golden answer, left out: x" in done.stderr
     assert done.stdout.startswith("1 prompts matched, 1 pairs written, 8 ids unmatched, 0 answers skipped: ")
@@ -189,5 +177,9 @@ def test_wrong_input_names_file_record_field_found_and_expected(files, golden_re
         convert_files(files(golden_records, sample_records))
 
 
-def test_help_shows_an_example():
-    assert "example:\n  python tools/apo_data_converter.py" in run_tool("--help").stdout
+def test_half_a_surrogate_pair_in_an_answer_is_named(files):
+    """JSON can write it, and no file can hold it."""
+    paths = files([golden()], [])
+    paths[1].write_text(json.dumps([sampled(1, " a \ud83d")]), encoding="utf-8")
+    with pytest.raises(InputError, match=r'samples.json: record 1: field "sample_0": found half a surrogate pair'):
+        convert_files(paths)

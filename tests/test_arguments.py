@@ -225,10 +225,12 @@ def test_deepspeed_without_an_accelerator_needs_use_cpu():
         parse(**NEEDED | {"use_cpu": None}, deepspeed="configs/zero2.json")
 
 
-def test_evaluating_at_the_start_needs_evaluation_data():
+@pytest.mark.parametrize("flag", [{"eval_at_start": True}, {"metric_for_best_model": "accuracy"}])
+def test_evaluating_needs_evaluation_data(flag):
     run = {"model_name_or_path": "m", "do_train": True, "train_data_path": "A", "use_cpu": True}
-    with pytest.raises(InputError, match="--eval_at_start True without --eval_data_path"):
-        parse(**run, eval_at_start=True)
+    [(name, value)] = flag.items()
+    with pytest.raises(InputError, match=f"--{name} {value} without --eval_data_path"):
+        parse(**run, **flag)
 
 
 def test_one_process_that_sees_several_gpus_is_refused(monkeypatch):

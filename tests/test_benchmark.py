@@ -159,6 +159,7 @@ def test_all_ways_to_score_give_the_same_mean_reward(tmp_path):
     run_benchmark(tmp_path, mode="scoring", hidden_size=32, num_layers=1)
     results = read_results(tmp_path)["apo_groups"]
     assert list(results) == ["tree", "padded", "reference", "padded_sorted"]
+    assert results["tree"]["wasted_tokens"] == 0
     assert all(values["check"] == pytest.approx(results["tree"]["check"], abs=1e-5) for values in results.values())
     assert results["reference"]["tokens_run"] == 2 * 4 * 96
 
@@ -189,6 +190,14 @@ def test_wrong_input_ends_in_one_line(tmp_path, monkeypatch, capsys, flags, mess
     assert exit_.value.code == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
+
+
+def test_trl_alone_needs_trl(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", benchmark_command(tmp_path, contestants=["trl"]))
+    with pytest.raises(SystemExit):
+        main()
+    assert "error: --contestants trl: TRL is not installed" in capsys.readouterr().err
 
 
 def test_table_names_the_first_contestant_and_hides_an_unknown_peak():

@@ -3,12 +3,10 @@
 import gzip
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINT, PARITY, REPO_ROOT, pair, read_json, write_records
+from conftest import CHECKPOINT, PARITY, REPO_ROOT, pair, read_json, run_tool, write_records
 
 from models import load_reward_tokenizer
 from preference_records import InputError, load_preference_data
@@ -25,7 +23,7 @@ from tools.check_data import (
     summarize,
 )
 
-TOOL = REPO_ROOT / "tools" / "check_data.py"
+TOOL = "check_data.py"
 SAMPLE = REPO_ROOT / "data" / "sample"
 
 
@@ -319,11 +317,16 @@ def test_overlap_by_hand(tmp_path):
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def run(*words: object, exit_status: int = 0) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(TOOL), *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == exit_status, done.stdout + done.stderr
-    return done
+HALF = "\\ud83d"  # of a surrogate pair, which no file can hold
+
+
+def test_half_a_surrogate_pair_is_a_finding(tmp_path):
+    """As a value and as the name of a field."""
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"text": "{HALF}", "scores": [1, 0]}}, {{"{HALF}": 1}}]')
+    done = run_tool(TOOL, "--train_data_path", path, "--output_dir", tmp_path)
+    assert 'found the string "?"' in done.stdout and "the record has ?" in done.stdout
+    assert read_json(tmp_path / "check_data.json")["num_findings"] == 2
 
 
 FOUND = {
@@ -339,19 +342,19 @@ CLEAN = [pair(good=" long"), {"text": ["a<sep> b", "a<sep> c"], "scores": [1, 1]
 @pytest.mark.parametrize(("name", "records"), [*FOUND.items(), ("", CLEAN)])
 def test_strict_exit_status(tmp_path, name, records):
     path = write_records(tmp_path / "a.json", records)
-    done = run("--train_data_path", path, "--strict", exit_status=2 if name else 0)
+    done = run_tool(TOOL, "--train_data_path", path, "--strict", exit_status=2 if name else 0)
     assert done.stderr == ""
     assert f"findings in total: {1 if name else 0}" in done.stdout
     assert "left out without --model_name_or_path" in done.stdout
     assert f"FOUND 1 {FINDINGS[name]}" in done.stdout if name else "nothing found" in done.stdout
     if name == "duplicates":
-        run("--train_data_path", path)
+        run_tool(TOOL, "--train_data_path", path)
 
 
 def test_strict_counts_what_lies_between_files(tmp_path):
     train = write_records(tmp_path / "train.json", [golden("1")])
     evaluation = write_records(tmp_path / "eval.json", [samples("2")])
-    done = run("--train_data_path", train, "--eval_data_path", evaluation, "--strict", exit_status=2)
+    done = run_tool(TOOL, "--train_data_path", train, "--eval_data_path", evaluation, "--strict", exit_status=2)
     assert "findings in total: 3" in done.stdout  # the prompt, and an id without its other half in each file
 
 
@@ -361,7 +364,8 @@ def test_sample_data_is_clean_under_strict():
         *(SAMPLE / "llm_data").iterdir(),
         SAMPLE / "hh_cleaned_origin.train.json",
     ]
-    done = run("--train_data_path", *train, "--eval_data_path", *(SAMPLE / "eval_data").iterdir(), "--strict")
+    evaluation = (SAMPLE / "eval_data").iterdir()
+    done = run_tool(TOOL, "--train_data_path", *train, "--eval_data_path", *evaluation, "--strict")
     assert "findings in total: 0" in done.stdout and "FOUND" not in done.stdout
 
 
@@ -372,7 +376,7 @@ def test_report_and_figure_are_written_and_a_broken_file_does_not_stop_the_other
     path = SAMPLE / "rm_data" / "hh_split_rm.train.json"
     tokenizer = ("--model_name_or_path", CHECKPOINT, "--max_length", 256, "--add_sep_token", "True")
     output_dir = ("--output_dir", tmp_path / "out")
-    done = run("--train_data_path", broken, path, *tokenizer, *output_dir, "--strict", exit_status=2)
+    done = run_tool(TOOL, "--train_data_path", broken, path, *tokenizer, *output_dir, "--strict", exit_status=2)
     report = read_json(tmp_path / "out" / "check_data.json")
     assert report["settings"]["max_length"] == 256 and report["settings"]["add_sep_token"] is True
     assert report["num_findings"] == 1
@@ -390,17 +394,12 @@ def test_report_and_figure_are_written_and_a_broken_file_does_not_stop_the_other
     [
         ([], "nothing to check"),
         (["--eval_data_path", "none.json"], "none.json: no such file"),
-        (["--eval_data_path", TOOL, "--max_length", 7], "--max_length 7: expected at least 8"),
-        (["--eval_data_path", TOOL, "--batch_size", 0], "--batch_size 0: expected at least 1"),
-        (["--eval_data_path", TOOL, "--output_dir", TOOL], f"--output_dir {TOOL}: cannot be made"),
+        (["--eval_data_path", __file__, "--max_length", 7], "--max_length 7: expected at least 8"),
+        (["--eval_data_path", __file__, "--batch_size", 0], "--batch_size 0: expected at least 1"),
+        (["--eval_data_path", __file__, "--output_dir", __file__], f"--output_dir {__file__}: cannot be made"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(words, message):
-    done = run(*words, exit_status=2)
+    done = run_tool(TOOL, *words, exit_status=2)
     assert done.stderr.startswith("error: ") and message in done.stderr
     assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
-
-
-def test_help_shows_an_example():
-    text = run("--help").stdout
-    assert "example:\n  python tools/check_data.py --train_data_path data/sample/" in text

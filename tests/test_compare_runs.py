@@ -1,17 +1,14 @@
 """tools/compare_runs.py: the interval by hand, the table, and what it refuses."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_tool
 
 from preference_records import InputError
 from reports import wilson_interval
 from tools.compare_runs import COLUMNS, compare, format_row, format_table, read_results
-
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "compare_runs.py"
 
 
 def metrics_of(name: str, accuracy: float, pairs: int, **extra: float) -> dict[str, float]:
@@ -74,14 +71,12 @@ def test_table_is_aligned_markdown():
 def test_command_prints_runs_of_the_same_name_apart(tmp_path):
     for seed in ("seed_1", "seed_2"):
         write_run(tmp_path / seed / "rm", {"a.json": metrics_of("a.json", 0.5, 10)})
-    command = [sys.executable, str(TOOL), str(tmp_path / "seed_1" / "rm"), str(tmp_path / "seed_2" / "rm")]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = run_tool("compare_runs.py", tmp_path / "seed_1" / "rm", tmp_path / "seed_2" / "rm")
     assert "ECE, 10 bins" in done.stdout and "seed_1/rm" in done.stdout and "seed_2/rm" in done.stdout
 
 
 def test_missing_results_end_in_one_line(tmp_path):
-    done = subprocess.run([sys.executable, str(TOOL), str(tmp_path)], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
+    done = run_tool("compare_runs.py", tmp_path, exit_status=2)
     assert done.stderr.startswith("error: ") and "final_eval_results.json: no such file" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 

@@ -4,7 +4,7 @@ import argparse
 import time
 
 import pytest
-from completion_server import CompletionServer, running
+from completion_server import CompletionServer
 
 import completion_client
 from completion_client import CompletionClient, check_server_flags, complete_all
@@ -12,18 +12,6 @@ from preference_records import InputError
 from responses import Prompt
 
 KEY = "sk-very-secret"
-
-
-@pytest.fixture(scope="module")
-def one_server(base_llama):
-    with running(base_llama) as server:
-        yield server
-
-
-@pytest.fixture
-def server(one_server, monkeypatch) -> CompletionServer:
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    return one_server.reset()
 
 
 def ask(server: CompletionServer, num_prompts: int = 6, num_samples: int = 2, skip_refused=False, **options) -> dict:
@@ -46,7 +34,7 @@ FAILURES = ("429 1", "500", "503", "cut", "half", "no choices")
 
 @pytest.fixture(scope="module")
 def undisturbed(one_server) -> dict:
-    return ask(one_server)
+    return ask(one_server.reset())
 
 
 @pytest.mark.parametrize("failure", FAILURES)
@@ -61,6 +49,7 @@ def test_a_failure_is_asked_again_and_changes_no_answer(server, undisturbed, fai
 def test_a_server_that_does_not_answer_in_time_is_asked_again(server, undisturbed):
     server.failures = ["slow"]
     assert ask(server, timeout=1) == undisturbed
+    assert len(server.requests) > 12
 
 
 def test_waits_as_long_as_the_server_says(server):
@@ -195,7 +184,7 @@ def test_chat_goes_to_the_chat_endpoint(server):
     request = {"model": "m", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 4}
     completion = client.complete(request)
     assert server.requests[0]["path"] == "/v1/chat/completions"
-    assert completion.is_cut and (completion.prompt_tokens, completion.completion_tokens) == (7, 3)
+    assert completion.is_truncated and (completion.prompt_tokens, completion.completion_tokens) == (7, 3)
 
 
 @pytest.mark.parametrize(

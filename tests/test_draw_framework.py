@@ -8,7 +8,6 @@ from tools import draw_framework
 def test_same_bytes_twice(tmp_path, monkeypatch):
     pictures = []
     for name in ("one", "two"):
-        (tmp_path / name).mkdir()
         monkeypatch.setattr(sys, "argv", ["draw_framework.py", "--output_dir", str(tmp_path / name)])
         draw_framework.main()
         pictures.append((tmp_path / name / "apo_framework.png").read_bytes())

@@ -8,7 +8,7 @@ from conftest import load_model, make_bpe_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_sampling import (
-    KeyedNoise,
+    GumbelNoise,
     UserTurn,
     check_positions,
     form_batches,
@@ -29,7 +29,7 @@ QUERIES = [
     "What is it?",
     "Tell me more about the sea, please.",
 ]
-MARKERS = ("\nHuman",)
+STOP_STRINGS = ("\nHuman",)
 
 
 @pytest.fixture(scope="module")
@@ -45,23 +45,23 @@ def continue_prompts(llm, token_ids: list[list[int]], seeds: list[int], **option
 def test_noise_makes_the_argmax_a_draw():
     """Probabilities 0.5, 0.3, 0.2, none: of 4,000 draws 2000, 1200, 800, 0, give or take four standard deviations."""
     logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log().expand(4000, 4)
-    draws = KeyedNoise(list(range(4000)), torch.device("cpu"))(None, logits).argmax(-1)
+    draws = GumbelNoise(list(range(4000)), torch.device("cpu"))(None, logits).argmax(-1)
     counts = torch.bincount(draws, minlength=4)
     assert abs(counts[0] - 2000) < 130 and abs(counts[1] - 1200) < 120 and counts[3] == 0
 
 
 def test_noise_of_a_row_depends_on_its_seed_and_step_only():
     logits = torch.zeros(3, 50)
-    steps = KeyedNoise([1, 2, 1], torch.device("cpu"))
+    steps = GumbelNoise([1, 2, 1], torch.device("cpu"))
     first, second = steps(None, logits), steps(None, logits)
     assert torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
     assert not torch.equal(first, second)
-    assert torch.equal(KeyedNoise([2], torch.device("cpu"))(None, logits[:1]), first[1:2])
+    assert torch.equal(GumbelNoise([2], torch.device("cpu"))(None, logits[:1]), first[1:2])
 
 
 def test_steps_come_in_the_order_of_transformers():
     names = [type(step).__name__ for step in sampling_steps(replace(DECODING, top_k=5, top_p=0.9), [1], "cpu")]
-    assert names == ["TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "KeyedNoise"]
+    assert names == ["TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "GumbelNoise"]
     assert len(sampling_steps(replace(DECODING, temperature=0, top_k=5), [1], "cpu")) == 0
     assert len(sampling_steps(replace(DECODING, repetition_penalty=1.1), [1], "cpu")) == 3
 
@@ -70,7 +70,7 @@ def test_steps_come_in_the_order_of_transformers():
 def test_a_response_does_not_depend_on_its_batch(llm, change):
     """Not on the rows beside it, the padding they bring, or its place; the penalty does not see the padding."""
     token_ids = tokenize(llm[1], QUERIES, "plain", 64)
-    options = {"decoding": replace(DECODING, **change), "markers": MARKERS}
+    options = {"decoding": replace(DECODING, **change), "stop_strings": STOP_STRINGS}
     alone = [continue_prompts(llm, [ids], [seed], **options)[0] for seed, ids in enumerate(token_ids)]
     assert continue_prompts(llm, token_ids, [0, 1, 2, 3], **options) == alone
     assert continue_prompts(llm, token_ids[::-1], [3, 2, 1, 0], **options) == alone[::-1]
@@ -79,7 +79,7 @@ def test_a_response_does_not_depend_on_its_batch(llm, change):
 
 def test_seeds_make_responses_and_the_global_state_does_not(llm):
     ids = tokenize(llm[1], QUERIES[:1], "plain", 64)
-    options = {"decoding": DECODING, "markers": MARKERS}
+    options = {"decoding": DECODING, "stop_strings": STOP_STRINGS}
     torch.manual_seed(1)
     first = continue_prompts(llm, ids * 3, [1, 2, 1], **options)
     torch.manual_seed(2)
@@ -91,7 +91,7 @@ def test_seeds_make_responses_and_the_global_state_does_not(llm):
 def test_temperature_0_is_greedy(llm):
     ids = tokenize(llm[1], QUERIES[:1], "plain", 64)
     greedy = llm[0].generate(torch.tensor(ids), max_new_tokens=8)[0, len(ids[0]) :]
-    options = {"decoding": replace(DECODING, temperature=0), "markers": MARKERS}
+    options = {"decoding": replace(DECODING, temperature=0), "stop_strings": STOP_STRINGS}
     assert continue_prompts(llm, ids, [1], **options) == [llm[1].decode(greedy, skip_special_tokens=True)]
     options["decoding"] = replace(DECODING, top_k=1)
     assert continue_prompts(llm, ids, [1], **options) == [llm[1].decode(greedy, skip_special_tokens=True)]
@@ -108,24 +108,31 @@ def test_decoding_is_not_left_to_the_checkpoint(base_llama, llm, tmp_path):
     loaded = load_llm(str(tmp_path), "float32", llm[1])
     assert loaded.generation_config.eos_token_id == [2, 5] and loaded.generation_config.pad_token_id == 2
     ids = tokenize(llm[1], QUERIES, "plain", 64)
-    options = {"decoding": replace(DECODING, max_new_tokens=4), "markers": MARKERS}
+    options = {"decoding": replace(DECODING, max_new_tokens=4), "stop_strings": STOP_STRINGS}
     assert continue_prompts((loaded, llm[1]), ids, [0, 1, 2, 3], **options) == continue_prompts(
         llm, ids, [0, 1, 2, 3], **options
     )
 
 
+def test_an_end_token_of_id_0_is_kept(base_llama, llm, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(base_llama)
+    model.generation_config.eos_token_id = 0
+    model.save_pretrained(tmp_path)
+    assert load_llm(str(tmp_path), "float32", llm[1]).generation_config.eos_token_id == 0
+
+
 def test_a_prompt_of_one_token_is_answered(llm):
-    assert len(continue_prompts(llm, [[1], [1]], [1, 2], decoding=DECODING, markers=MARKERS)) == 2
+    assert len(continue_prompts(llm, [[1], [1]], [1, 2], decoding=DECODING, stop_strings=STOP_STRINGS)) == 2
 
 
 def test_a_row_that_plays_the_user_is_stopped(llm):
-    """Two rows: the prompt's own turns do not count, nor does half a marker."""
+    """Two rows: the prompt's own turns do not count, nor does half a stop_string."""
     tokenizer = llm[1]
     prompt = tokenizer("a\nHuman b", add_special_tokens=False).input_ids
     new = [tokenizer(text, add_special_tokens=False).input_ids for text in ("a b c\n\nHuman", "a b c d e\n\nHum")]
     rows = [prompt + ids[-6:] if len(ids) >= 6 else None for ids in new]
     assert None not in rows
-    stop = UserTurn(tokenizer, len(prompt), MARKERS)
+    stop = UserTurn(tokenizer, len(prompt), STOP_STRINGS)
     assert stop(torch.tensor(rows), None).tolist() == [True, False]
     assert stop(torch.tensor(rows)[:, : len(prompt)], None).tolist() == [False, False]
 
@@ -133,7 +140,7 @@ def test_a_row_that_plays_the_user_is_stopped(llm):
 def test_samples_of_a_prompt_stay_together(llm):
     prompts = [Prompt("", str(i), query) for i, query in enumerate(QUERIES)]
     token_ids = tokenize(llm[1], QUERIES, "plain", 64)
-    options = {"decoding": replace(DECODING, num_samples=2), "seed": 1, "markers": MARKERS}
+    options = {"decoding": replace(DECODING, num_samples=2), "seed": 1, "stop_strings": STOP_STRINGS}
     options |= {"prompts": prompts, "token_ids": token_ids}
     together = {p.query_id: t for p, t in sample_batches(*llm, batches=[[3, 1], [0, 2]], **options)}
     apart = {p.query_id: t for p, t in sample_batches(*llm, batches=[[0], [1], [2], [3]], **options)}
@@ -204,7 +211,5 @@ def test_a_reward_model_is_no_llm(base_llama, llm, tmp_path):
 
 def test_prompts_must_leave_room_for_the_answer():
     check_positions([[0] * 5], 3, 8)
-    with pytest.raises(
-        InputError, match=r"longest prompt has 6 tokens .*8 positions; expected --max_length 5 or less"
-    ):
+    with pytest.raises(InputError, match=r"longest prompt has 6 tokens .*8 positions; expected together at most that"):
         check_positions([[0] * 5, [0] * 6], 3, 8)

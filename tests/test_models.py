@@ -35,15 +35,15 @@ def model(request) -> LlamaRewardModel:
 
 
 @pytest.mark.parametrize(
-    "pooling_type, right, left",
+    "pooling_type, expected",
     [
-        ("eos", [-4.0, -2.0, -5.0], [-4.0, -2.0, -5.0]),
-        ("last", [-3.0, -6.0, -5.0], [-3.0, -6.0, -5.0]),
-        ("average", [-2.5, -4.0, -5.0], [-2.5, -4.0, -5.0]),
-        ("max", [-1.0, -2.0, -5.0], [-1.0, -2.0, -5.0]),
+        ("eos", [-4.0, -2.0, -5.0]),
+        ("last", [-3.0, -6.0, -5.0]),
+        ("average", [-2.5, -4.0, -5.0]),
+        ("max", [-1.0, -2.0, -5.0]),
     ],
 )
-def test_pooling_by_hand(pooling_type, right, left):
+def test_pooling_by_hand(pooling_type, expected):
     """Rewards -1 -2 -3 -4 | -6 -2 pad pad | -5 pad pad pad, padding 9 and 0, which no pooling may take.
 
     eos: the last token. last: the one before it, or the only one. average: (-1 -2 -3 -4) / 4 = -2.5, (-6 -2) / 2 = -4.
@@ -51,10 +51,10 @@ def test_pooling_by_hand(pooling_type, right, left):
     """
     rewards = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-6.0, -2.0, 9.0, 0.0], [-5.0, 9.0, 0.0, 0.0]])
     mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
-    assert pool_rewards(rewards, mask, pooling_type).tolist() == right
-    assert pool_rewards(rewards.flip(0), mask.flip(0), pooling_type).tolist() == right[::-1]
+    assert pool_rewards(rewards, mask, pooling_type).tolist() == expected
+    assert pool_rewards(rewards.flip(0), mask.flip(0), pooling_type).tolist() == expected[::-1]
     padded_left = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [9.0, 0.0, -6.0, -2.0], [9.0, 0.0, 0.0, -5.0]])
-    assert pool_rewards(padded_left, mask.flip(1), pooling_type).tolist() == left
+    assert pool_rewards(padded_left, mask.flip(1), pooling_type).tolist() == expected
 
 
 # ------------------------------------------------------------------------------------------------ invariance
@@ -73,14 +73,6 @@ def test_padding_and_batch_mates_do_not_change_a_reward(model, sequences):
 def test_padding_side_does_not_change_a_reward(model, sequences):
     right, left = (rewards_of(model, sequences, 3, side) for side in ("right", "left"))
     torch.testing.assert_close(left, right, rtol=0, atol=1e-5)
-
-
-@given(SEQUENCES, st.data())
-@settings(max_examples=15, deadline=None)
-def test_order_of_the_batch_does_not_change_a_reward(model, sequences, data):
-    order = data.draw(st.permutations(range(len(sequences))))
-    shuffled = rewards_of(model, [sequences[i] for i in order], 3)
-    torch.testing.assert_close(shuffled, rewards_of(model, sequences, 3)[list(order)], rtol=0, atol=1e-5)
 
 
 def test_rewards_of_different_sequences_differ(model):

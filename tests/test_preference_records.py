@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 
 from preference_records import (
     InputError,
+    OneLineParser,
+    describe_counts,
     exit_on_input_error,
     iter_preference_data,
     iter_records,
@@ -187,6 +190,10 @@ BAD_RECORDS = {
         {"chosen": [QUESTION], "rejected": [QUESTION]},
         'field "chosen/rejected": found no assistant message',
     ),
+    "role in a list": (
+        {"chosen": [{"role": ["user"], "content": "b"}], "rejected": [QUESTION]},
+        'field "chosen/rejected": found an object with role, content, expected a message with a role',
+    ),
     "unknown role": (
         {"chosen": [{"role": "bot", "content": "b"}], "rejected": [QUESTION]},
         'field "chosen/rejected": found .*, expected a message',
@@ -258,6 +265,12 @@ def test_broken_gzip_file_is_named(tmp_path, damage):
     (tmp_path / "a.json.gz").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.json\.gz: cannot be read as gzipped UTF-8"):
         read_records(tmp_path / "a.json.gz")
+
+
+def test_parquet_value_that_no_json_has_is_described(tmp_path):
+    datasets.Dataset.from_list([{**PAIRS[0], "query_id": b"a"}]).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(InputError, match=r'field "query_id": found a value of type bytes, expected'):
+        load_preference_data(tmp_path / "a.parquet", "comparison_pair")
 
 
 def test_broken_parquet_file_is_named(tmp_path):
@@ -338,9 +351,42 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "a.json"
     write_json(path, {"a": "é"})
     monkeypatch.setattr(Path, "write_text", lambda self, text, **_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match="disk full"):
         write_json(path, {"a": "b"})
     assert read_json(path) == {"a": "é"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("file/a.json", "b"), ("folder", "b"), ("a.json", "\ud83d")], ids=["below", "folder", "text"]
+)
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, name, text):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=rf"{name}: cannot be written \(.*\); give another place, or mend the text$"):
+        write_json(tmp_path / name, text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: --seed; see --help"),
+        (["--seed", "x"], "argument --seed: invalid int value: 'x'; see --help"),
+        (["--seed", "1", "--nonsense"], "unrecognized arguments: --nonsense; see --help"),
+        (["--see", "1"], "required: --seed; see --help"),
+    ],
+)
+def test_flags_that_are_refused_are_one_line(argv, message):
+    """An abbreviated flag is no flag."""
+    parser = OneLineParser(description="A tool.")
+    parser.add_argument("--seed", type=int, required=True)
+    with pytest.raises(InputError, match=message):
+        parser.parse_args(argv)
+
+
+def test_counts_are_put_into_words():
+    assert describe_counts(Counter(b=2, a=1, c=0), "answers") == "3 answers (1 a, 2 b)"
+    assert describe_counts(Counter(), "pairs") == "0 pairs"
 
 
 def test_readers_need_no_heavy_package():
@@ -360,14 +406,14 @@ def test_first_process_of_a_machine_speaks_for_all(monkeypatch, capsys):
 
     @exit_on_input_error
     def main() -> None:
-        raise InputError("no")
+        raise InputError("no\nline")
 
     for rank, times in (("0", 0), ("1", 1)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit, match="2"):
             main()
         assert len(waited) == times
-        assert capsys.readouterr().err == "error: no\n"
+        assert capsys.readouterr().err == "error: no\\nline\n"
 
 
 def test_text_that_is_no_valid_unicode_is_named(tmp_path):

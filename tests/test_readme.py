@@ -3,15 +3,18 @@
 import importlib
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import REPO_ROOT
 
 from arguments import parse_args
+from preference_records import InputError
 
 README = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([REPO_ROOT / "README.md", REPO_ROOT / "data" / "README.md", REPO_ROOT / "configs" / "README.md"])
+TOOLS = sorted(path.stem for path in (REPO_ROOT / "tools").glob("*.py"))
 MODULES = ("arguments", "models", "preference_records", "reports", "reward_datasets", "trainer")
 
 
@@ -64,7 +67,20 @@ def test_files_of_the_file_map_exist():
 
 
 def test_every_tool_is_in_the_file_map():
-    assert [path.name for path in (REPO_ROOT / "tools").glob("*.py") if f"`tools/{path.name}`" not in README] == []
+    assert [name for name in TOOLS if f"`tools/{name}.py`" not in README] == []
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_tool_shows_an_example_and_refuses_an_unknown_flag_in_one_line(name, monkeypatch, capsys):
+    tool = importlib.import_module(f"tools.{name}")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        tool.parse_args()
+    assert re.search(rf"^examples?:\n  .*tools/{name}\.py ", capsys.readouterr().out, re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", [name, "--nonsense"])
+    with pytest.raises(InputError, match=r"; see --help$"):
+        tool.parse_args()
+    assert tool.main.__wrapped__  # by exit_on_input_error
 
 
 def test_scripts_named_anywhere_exist():

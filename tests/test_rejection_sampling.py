@@ -4,14 +4,12 @@ import gzip
 import itertools
 import json
 import math
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import E2E, REPO_ROOT, read_json, write_records
+from conftest import E2E, read_json, run_tool, write_records
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +29,7 @@ from tools.rejection_sampling import (
     with_target,
 )
 
+TOOL = "rejection_sampling.py"
 REFERENCE = read_json(E2E / "reference.json")
 QUERY = "\n\nHuman: Why?\n\nAssistant:"
 
@@ -61,11 +60,6 @@ def files(tmp_path):
     return write
 
 
-def run_tool(*arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPO_ROOT / "tools" / "rejection_sampling.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
-
-
 # ------------------------------------------------------------------------------------------------ the reference
 
 
@@ -82,8 +76,7 @@ def test_command_line_chooses_what_the_reference_chose(files, tmp_path):
         "--output_dir",
         tmp_path / "new" / "out",
     ]
-    done = run_tool(*flags, "--output_file_name", "best.json", "--to_pairs")
-    assert done.returncode == 0, done.stderr
+    done = run_tool(TOOL, *flags, "--output_file_name", "best.json", "--to_pairs")
     assert done.stderr == f"WARNING: --rm_scorer rm has no effect: --score_path {rewards} is no folder\n"
     folder = tmp_path / "new" / "out"
     records = read_json(folder / "best.json")
@@ -102,7 +95,7 @@ def test_command_line_chooses_what_the_reference_chose(files, tmp_path):
         assert len(load_preference_data(folder / name, "comparison_pair", add_sep_token=True)) == 14
 
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert run_tool(*flags, "--output_file_name", "best.json", "--to_pairs").returncode == 0
+    run_tool(TOOL, *flags, "--output_file_name", "best.json", "--to_pairs")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -117,10 +110,6 @@ def test_outputs_are_named_as_in_the_reference():
         "pairs": Path("a/b_pairs.json"),
         "text_scores": Path("a/b_text_scores.json"),
     }
-
-
-def test_help_shows_an_example():
-    assert "example:\n  python tools/rejection_sampling.py" in run_tool("--help").stdout
 
 
 # ------------------------------------------------------------------------------------------------ choosing
@@ -161,11 +150,11 @@ def test_prompt_without_an_answer_is_left_out_counted_and_named(files, tmp_path)
         [sampled("q:0", " ", "\n"), sampled("q:1", " a", " b")],
         [{"q:0:sample_0": 1}, {"q:0:sample_1": 2}, {"q:1:sample_0": 1}, {"q:1:sample_1": 1}],
     )
-    done = run_tool("--data_path", data, "--score_path", rewards, "--output_dir", tmp_path, "--to_pairs")
-    assert done.returncode == 0, done.stderr
+    done = run_tool(TOOL, "--data_path", data, "--score_path", rewards, "--output_dir", tmp_path, "--to_pairs")
     assert done.stderr == 'WARNING: left out, all answers are empty: 1 id: "q:0"\n'
     stem = "samples_pred_rm_results.json_sft"
     assert [record["target"] for record in read_json(tmp_path / f"{stem}.json")] == [" a"]
+    assert "0 pairs of best over worst, 1 prompts (1 equal rewards) without one" in done.stdout
     report = read_json(tmp_path / f"{stem}_report.json")
     assert report["prompts_left_out"] == ["q:0"]
     assert (report["prompts"], report["ties"], report["pairs"], report["length"]["chosen"]) == (1, 1.0, 0, {})
@@ -339,19 +328,19 @@ def test_wrong_input_on_the_command_line_is_status_2_and_writes_nothing(files, t
         (["--score_path", rewards], "all answers of all 1 prompts are empty"),
         (["--score_path", write_records(tmp_path / "b.json", [{"b:sample_0": 1}])], r'1 id: "a\nb"'),
     ):
-        done = run_tool("--data_path", data, "--output_dir", out, *extra)
-        assert done.returncode == 2
+        done = run_tool(TOOL, "--data_path", data, "--output_dir", out, *extra, exit_status=2)
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
         assert message in done.stderr
         assert not out.exists()
 
 
-def test_input_is_never_replaced_and_a_folder_that_cannot_be_made_is_named(files, tmp_path):
+def test_input_is_never_replaced_and_a_place_that_cannot_be_written_is_named(files, tmp_path):
     data, rewards = files([sampled("a", " a")], [{"a:sample_0": 1}])
     before = data.read_bytes()
     flags = ["--data_path", data, "--score_path", rewards]
-    done = run_tool(*flags, "--output_file_name", data)
-    assert (done.returncode, data.read_bytes()) == (2, before)
+    done = run_tool(TOOL, *flags, "--output_file_name", data, exit_status=2)
+    assert data.read_bytes() == before
     assert f"{data}: the output would replace the input" in done.stderr
-    done = run_tool(*flags, "--output_dir", data / "out")
-    assert done.returncode == 2 and f"error: {data / 'out'}: cannot be made" in done.stderr
+    for place in (data / "out.json", rewards.parent):
+        done = run_tool(TOOL, *flags, "--output_file_name", place, exit_status=2)
+        assert f"error: {place}: cannot be written" in done.stderr and done.stderr.count("\n") == 1

@@ -51,14 +51,14 @@ def test_results_of_several_splits_are_merged(tmp_path):
 def drawn_curves(tmp_path, monkeypatch, log_history) -> list[dict[str, list]]:
     """{label: [steps, values]} of each panel."""
     panels = []
-    new_figure = reports._new_figure
+    new_figure = reports.new_figure
 
     def keep(num_panels):
         figure, axes = new_figure(num_panels)
         panels.extend(axes)
         return figure, axes
 
-    monkeypatch.setattr(reports, "_new_figure", keep)
+    monkeypatch.setattr(reports, "new_figure", keep)
     plot_training_curves(str(tmp_path), log_history)
     return [
         {line.get_label(): [line.get_xdata().tolist(), line.get_ydata().tolist()] for line in axis.get_lines()}

@@ -1,4 +1,4 @@
-"""Prompts, dialogue forms, and the store that survives a kill."""
+"""Prompts and the forms of dialogues and responses."""
 
 import gzip
 import json
@@ -9,8 +9,8 @@ from conftest import pair, write_records
 
 from preference_records import BadField, InputError
 from responses import (
-    GOLDEN_MARKERS,
-    SAMPLE_MARKERS,
+    GOLDEN_STOP_STRINGS,
+    SAMPLE_STOP_STRINGS,
     Decoding,
     Prompt,
     answered_prompts,
@@ -127,16 +127,21 @@ def test_rendering_names_file_and_record():
     ],
 )
 def test_response_has_the_form_of_the_data(text, response):
-    assert format_response(text, SAMPLE_MARKERS) == format_response(text, GOLDEN_MARKERS) == response
+    assert format_response(text, SAMPLE_STOP_STRINGS) == format_response(text, GOLDEN_STOP_STRINGS) == response
 
 
 def test_lines_about_humans_are_cut_from_samples_only():
     """The reference cuts samples at "\\nHuman"; a golden answer may have such a line."""
     texts = ["Yes:\nHumans need water.", "See\nHuman Resources: 3rd floor", "Yes.\nHuman: And?", "Human: I am."]
     golden = [" Yes:\nHumans need water.", " See\nHuman Resources: 3rd floor", " Yes.", " Human: I am."]
-    assert [format_response(text, GOLDEN_MARKERS) for text in texts] == golden
-    assert [format_response(text, SAMPLE_MARKERS) for text in texts] == [" Yes:", " See", " Yes.", " Human: I am."]
-    assert (count_cuts(texts, GOLDEN_MARKERS), count_cuts(texts, SAMPLE_MARKERS)) == (1, 3)
+    assert [format_response(text, GOLDEN_STOP_STRINGS) for text in texts] == golden
+    assert [format_response(text, SAMPLE_STOP_STRINGS) for text in texts] == [
+        " Yes:",
+        " See",
+        " Yes.",
+        " Human: I am.",
+    ]
+    assert (count_cuts(texts, GOLDEN_STOP_STRINGS), count_cuts(texts, SAMPLE_STOP_STRINGS)) == (1, 3)
 
 
 def test_seed_of_a_response_depends_on_all_three():

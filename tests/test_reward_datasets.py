@@ -21,6 +21,7 @@ from reward_datasets import (
     load_preference_dataset,
     name_datasets,
     normalize_scores,
+    preferred_pairs,
     tokenize_records,
 )
 
@@ -34,6 +35,10 @@ def tokenizer():
 
 
 # ------------------------------------------------------------------------------------------------ tokenising
+
+
+def test_pairs_are_of_different_scores():
+    assert preferred_pairs([0.5, 1.0, 0.5]) == [(1, 0), (1, 2)]
 
 
 def test_sequence_is_bos_prompt_separator_response_eos(tokenizer):

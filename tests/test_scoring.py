@@ -1,6 +1,5 @@
 """Scores: every answer once, in file order, the same to the bit however often a run was killed."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -152,13 +151,14 @@ def test_killed_run_ends_with_the_same_file(samples, undisturbed, tmp_path, num_
     """SIGKILL as soon as so many batches are kept; the first before any."""
     command = [sys.executable, str(REPO_ROOT / "train.py"), *command_line(**flags(samples, tmp_path))]
     process = subprocess.Popen(command, cwd=REPO_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while (
-        partial_lines(tmp_path) < num_lines or not (tmp_path / "manifest.json").exists()
-    ) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    try:
+        deadline = time.monotonic() + 300
+        while partial_lines(tmp_path) < num_lines or not (tmp_path / "manifest.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
     run_main(**flags(samples, tmp_path))
     assert scores_file(tmp_path).read_bytes() == undisturbed

@@ -1,9 +1,6 @@
 """Cutting a part out of a data file."""
 
-import subprocess
-import sys
-
-from conftest import REPO_ROOT, read_json, write_records
+from conftest import read_json, run_tool, write_records
 
 from tools.select_records import query_ids, select_records
 
@@ -20,9 +17,9 @@ def test_ids_are_left_out_before_positions_are_counted(tmp_path):
 
 def test_file_with_too_few_records_is_refused_and_nothing_written(tmp_path):
     path, out = write_records(tmp_path / "a.json", RECORDS), tmp_path / "out.json"
-    command = [sys.executable, "tools/select_records.py", "--data_path", str(path), "--output_path", str(out)]
-    done = subprocess.run([*command, "--count", "7"], cwd=REPO_ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, f"error: {path}: found 6 such records, expected 7\n")
+    command = ["select_records.py", "--data_path", path, "--output_path", out]
+    done = run_tool(*command, "--count", 7, exit_status=2)
+    assert done.stderr == f"error: {path}: found 6 such records, expected 7\n"
     assert not out.exists()
-    subprocess.run([*command, "--count", "3"], cwd=REPO_ROOT, check=True, capture_output=True)
+    run_tool(*command, "--count", 3)
     assert read_json(out) == RECORDS[:3]

@@ -42,7 +42,7 @@ def test_docstring_example_holds():
         "subtree_ends": [6, 6, 6, 5, 5, 6],
         "paths": [[0, 1, 2, 3, 4], [0, 1, 2, 5, 0]],
         "attention_mask": [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]],
-        "branches": [[0, 5], [1, 1]],
+        "branches": [[0, 5, 5], [1, 4, 1]],
     }
 
 
@@ -224,7 +224,7 @@ def test_attention_fits_model_and_device(batching, dropout, device, expected, ca
     assert ("dropout" in caplog.text) == (dropout > 0)
 
 
-def test_flex_attention_that_does_not_compile_falls_back_to_the_mask(monkeypatch, caplog):
+def test_flex_attention_that_does_not_compile_falls_back_to_the_mask(caplog):
     """On this machine it fails at the first tensor: there is no such device."""
     config = LlamaConfig(**TINY_SIZES)
     assert choose_attention(config, "tree", torch.device("cuda"), torch.float32) == "tree_mask"

@@ -27,9 +27,9 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from completion_client import Completion, CompletionClient, add_server_flags, check_server_flags, complete_all
-from preference_records import DATA_TYPES, InputError, exit_on_input_error
+from preference_records import DATA_TYPES, InputError, OneLineParser, exit_on_input_error
 from responses import (
-    GOLDEN_MARKERS,
+    GOLDEN_STOP_STRINGS,
     Prompt,
     answered_prompts,
     count_cuts,
@@ -82,14 +82,13 @@ def make_requests(
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Golden answers to the prompts of a file, from a strong model behind an OpenAI-compatible server.",
         epilog="example:\n"
         "  OPENAI_API_KEY=... python tools/annotate_golden.py --model gpt-4o --dry_run \\\n"
         "      --data_path data/sample/rm_data/hh_split_rm.train.json \\\n"
         "      --price_per_million_input 2.5 --price_per_million_output 10 \\\n"
         "      --output_path outputs/golden/hh_split_rm.golden.json",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--model", required=True, help="name of the model on the server")
@@ -116,6 +115,10 @@ def check(args: argparse.Namespace) -> tuple[float, float] | None:
     prices = args.price_per_million_input, args.price_per_million_output
     if (prices[0] is None) != (prices[1] is None):
         raise InputError("expected --price_per_million_input and --price_per_million_output together, found one")
+    for name in ("price_per_million_input", "price_per_million_output", "temperature"):
+        value = getattr(args, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise InputError(f"--{name} {value}: expected 0 or more, and finite")
     if args.max_new_tokens < 1:
         raise InputError(f"--max_new_tokens {args.max_new_tokens}: expected at least 1")
     if args.output_path.suffix != ".json":
@@ -131,10 +134,10 @@ def log_use(received: list[Completion], max_new_tokens: int, prices: tuple[float
     used = sum(c.prompt_tokens for c in received), sum(c.completion_tokens for c in received)
     num_retries = sum(c.num_retries for c in received)
     logger.info("%d answers, %d requests repeated, %s", len(received), num_retries, describe_cost(*used, prices))
-    num_cut = sum(c.is_cut for c in received)
-    if num_cut:
-        logger.warning("%d answers break off at --max_new_tokens %d", num_cut, max_new_tokens)
-    num_turns = count_cuts((c.text for c in received), GOLDEN_MARKERS)
+    num_truncated = sum(c.is_truncated for c in received)
+    if num_truncated:
+        logger.warning("%d answers break off at --max_new_tokens %d", num_truncated, max_new_tokens)
+    num_turns = count_cuts((c.text for c in received), GOLDEN_STOP_STRINGS)
     if num_turns:
         logger.warning("%d answers cut where they go on to play the user", num_turns)
 
@@ -181,7 +184,7 @@ def main() -> None:
     with tqdm(total=len(prompts), initial=len(prompts) - len(todo), unit="prompt") as progress:
 
         def keep(prompt: Prompt, completions: list[Completion]) -> None:
-            store.append(prompt.key, [format_response(c.text, GOLDEN_MARKERS) for c in completions])
+            store.append(prompt.key, [format_response(c.text, GOLDEN_STOP_STRINGS) for c in completions])
             received.extend(completions)
             progress.update()
 

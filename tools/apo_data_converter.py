@@ -14,6 +14,7 @@ a micro-batch is a single item, because the pairs of the group are its whole den
 """
 
 import argparse
+import itertools
 import logging
 import random
 import sys
@@ -27,17 +28,19 @@ from preference_records import (
     SEPARATOR,
     BadField,
     InputError,
+    OneLineParser,
     describe,
+    describe_counts,
     exit_on_input_error,
     first_few,
     raise_bad_records,
     read_records,
-    require,
     require_query_id,
+    require_string,
     require_text,
     write_json,
 )
-from responses import GOLDEN_MARKERS, SAMPLE_MARKERS, count_cuts
+from responses import GOLDEN_STOP_STRINGS, SAMPLE_STOP_STRINGS, count_cuts
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +68,6 @@ class Conversion:
     samples_without_golden: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> answers
     cut: Counter[str] = field(default_factory=Counter)  # "golden", "sampled" -> answers
-
-
-def _common_prefix_length(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -117,7 +116,7 @@ def _read_answers(path: str | Path, answer_keys: Callable[[dict], Iterable[str]]
             query_id, query = require_query_id(record), require_text(record, "query")
             if SEPARATOR in query:
                 raise BadField("query", f"a text with {SEPARATOR}", f"one without; {SEPARATOR} is put behind it")
-            answers = tuple(_answer(record, key) for key in answer_keys(record))
+            answers = tuple(require_string(record, key) for key in answer_keys(record))
             if query_id in found:
                 raise BadField("query_id", query_id, f"an id of its own; {found[query_id].place} has it too")
             found[query_id] = PromptAnswers(str(path), place, query, answers)
@@ -127,20 +126,13 @@ def _read_answers(path: str | Path, answer_keys: Callable[[dict], Iterable[str]]
     return found
 
 
-def _answer(record: dict, key: str) -> str:
-    answer = require(record, key, "a string")
-    if not isinstance(answer, str):
-        raise BadField(key, describe(answer), "a string")
-    return answer
-
-
 # ------------------------------------------------------------------------------------------------ converting
 
 
-def cut_next_turn(answer: str, markers: tuple[str, ...]) -> str:
+def cut_next_turn(answer: str, stop_strings: tuple[str, ...]) -> str:
     """Cuts an answer where it goes on to play the user; an answer that does not is returned as it is."""
-    for marker in markers:
-        answer = answer.split(marker, maxsplit=1)[0].strip() if marker in answer else answer
+    for stop_string in stop_strings:
+        answer = answer.split(stop_string, maxsplit=1)[0].strip() if stop_string in answer else answer
     return answer
 
 
@@ -165,12 +157,12 @@ def usable_answers(golden: str, samples: Iterable[str], skipped: Counter[str]) -
     Returns:
         the golden answer and the samples left, or None if nothing is left to compare.
     """
-    golden = cut_next_turn(golden, GOLDEN_MARKERS)
+    golden = cut_next_turn(golden, GOLDEN_STOP_STRINGS)
     if reason := unusable(golden):
         skipped[f"golden {reason}"] += 1
         return None
     kept = []
-    for sample in (cut_next_turn(sample, SAMPLE_MARKERS) for sample in samples):
+    for sample in (cut_next_turn(sample, SAMPLE_STOP_STRINGS) for sample in samples):
         reason = unusable(sample) or ("same as golden" if sample.strip() == golden.strip() else "")
         if reason:
             skipped[f"sample {reason}"] += 1
@@ -201,7 +193,8 @@ def check_same_queries(golden: dict[str, PromptAnswers], samples: dict[str, Prom
     for query_id, answers in golden.items():
         other = samples.get(query_id, answers)
         if other.query != answers.query:
-            same = _common_prefix_length(other.query, answers.query)
+            letters = enumerate(itertools.zip_longest(other.query, answers.query))
+            same = next(i for i, (x, y) in letters if x != y)
             problems.append(
                 f'{other.path}: {other.place}: id {query_id}: field "query": found, from character {same + 1} on, '
                 f"{describe(other.query[same:])}, expected {describe(answers.query[same:])} as in {answers.path}: "
@@ -240,8 +233,8 @@ def convert(
             result.samples_without_golden.append(query_id)
             continue
         result.num_matched += 1
-        result.cut["golden"] += count_cuts(golden[query_id].answers, GOLDEN_MARKERS)
-        result.cut["sampled"] += count_cuts(sampled.answers, SAMPLE_MARKERS)
+        result.cut["golden"] += count_cuts(golden[query_id].answers, GOLDEN_STOP_STRINGS)
+        result.cut["sampled"] += count_cuts(sampled.answers, SAMPLE_STOP_STRINGS)
         usable = usable_answers(golden[query_id].answers[0], sampled.answers, result.skipped)
         if usable is None:
             continue
@@ -264,17 +257,11 @@ def _check_not_empty(result: Conversion, golden: dict[str, PromptAnswers], sampl
     if not result.items:
         raise InputError(
             f"no pair is left of {result.num_matched} matched prompts, expected at least one; "
-            f"skipped: {describe_counts(result.skipped)}"
+            f"skipped: {describe_counts(result.skipped, 'answers')}"
         )
 
 
 # ------------------------------------------------------------------------------------------------ telling
-
-
-def describe_counts(skipped: Counter[str]) -> str:
-    """Returns the number of skipped answers, and of each kind."""
-    kinds = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped.items()))
-    return f"{skipped.total()} answers" + (f" ({kinds})" if kinds else "")
 
 
 def log_unmatched(result: Conversion) -> None:
@@ -293,20 +280,19 @@ def summary(result: Conversion, path: Path) -> str:
     items = "" if len(result.items) == result.num_pairs else f" in {len(result.items)} groups"
     return (
         f"{result.num_matched} prompts matched, {result.num_pairs} pairs written{items}, {unmatched} ids unmatched, "
-        f"{describe_counts(result.skipped)} skipped: {path}"
+        f"{describe_counts(result.skipped, 'answers')} skipped: {path}"
     )
 
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Golden answers + LLM samples -> APO pairs, golden preferred over sampled.",
         epilog="example:\n"
         "  python tools/apo_data_converter.py \\\n"
         "      --golden_data_path data/sample/rm_data/hh_split_rm.golden.json \\\n"
         "      --sample_data_path data/sample/rm_data/hh_split_rm_llm_v0.sample.json \\\n"
         "      --output_dir outputs/apo_data --apo_data_name rm_apo_data_v0",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--golden_data_path", required=True, help='records of "query_id", "query", "golden"')
     parser.add_argument("--sample_data_path", required=True, help='records of "query_id", "query", "sample_0", ...')

@@ -62,8 +62,7 @@ import torch.nn.functional as F
 import transformers
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import LlamaForSequenceClassification, PrinterCallback, Trainer, set_seed
+from transformers import LlamaForSequenceClassification, PrinterCallback, Trainer
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from arguments import RewardTrainingArguments
@@ -80,13 +79,14 @@ from models import (
 from preference_records import (
     SEPARATOR,
     InputError,
+    OneLineParser,
     PreferenceRecord,
     exit_on_input_error,
     load_preference_data,
     write_json,
 )
-from reports import git_commit
-from reward_datasets import RewardDataCollator, load_preference_dataset
+from reports import git_commit, new_figure, save_figure
+from reward_datasets import RewardDataCollator, load_preference_dataset, preferred_pairs
 from trainer import RewardModelTrainer
 from tree_batching import build_token_tree, choose_attention
 
@@ -180,9 +180,9 @@ def save_records(path: Path, records: list[PreferenceRecord]) -> None:
 def split_pairs(group: dict[str, Any]) -> list[dict[str, Any]]:
     """The pairs of a row of `tokenize_records`, each a row of its own with the preferred sequence first."""
     ids, scores = group["input_ids"], group["scores"]
-    pairs = [(i, j) for i, j in itertools.product(range(len(scores)), repeat=2) if scores[i] > scores[j]]
     return [
-        {**group, "input_ids": [ids[i], ids[j]], "scores": [scores[i], scores[j]], "num_pairs": 1} for i, j in pairs
+        {**group, "input_ids": [ids[i], ids[j]], "scores": [scores[i], scores[j]], "num_pairs": 1}
+        for i, j in preferred_pairs(scores)
     ]
 
 
@@ -228,14 +228,16 @@ class FixedLengthCollator:
         return batch
 
 
+def in_file_order(num_items: int, batch_size: int) -> list[list[int]]:
+    """Indices of the items of each batch."""
+    return [list(range(i, min(i + batch_size, num_items))) for i in range(0, num_items, batch_size)]
+
+
 class InOrderTrainer(RewardModelTrainer):
     """Scores batches of `batch_size` items in the order of the data, and drops the rewards of dummies."""
 
-    def get_eval_dataloader(self, eval_dataset: Dataset) -> DataLoader:
-        def collate(indices: list[int]) -> dict[str, Tensor]:
-            return {**self.data_collator([eval_dataset[i] for i in indices]), "index": torch.tensor(indices)}
-
-        return DataLoader(range(len(eval_dataset)), batch_size=self.args.eval_batch_size, collate_fn=collate)
+    def eval_batches(self, dataset: Dataset) -> list[list[int]]:
+        return in_file_order(len(dataset), self.args.eval_batch_size)
 
     def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> RewardModelOutput:
         output = super()._forward(model, inputs)
@@ -330,7 +332,6 @@ def make_trainer(
     args = RewardTrainingArguments(**arguments, batching=batching)
     config = load_config(path)
     attention = choose_attention(config, batching, args.device, torch.bfloat16 if args.bf16 else torch.float32)
-    set_seed(args.seed)  # the same reward head for all
     loading = {"seed": args.seed, "with_lm_head": name == "reference", "attention": attention}
     model, _ = load_reward_model(path, config, tokenizer, settings, **loading)
     if name == "trl":
@@ -417,8 +418,11 @@ def measure(contestant: Contestant, groups: list[dict[str, Any]], args: argparse
     else:
         check = train_round(contestant, dataset, len(groups) // args.batch_size)
     seconds = time.perf_counter() - start  # the check has waited for the device
-    batches = [groups[i : i + args.batch_size] for i in range(0, len(groups), args.batch_size)]
-    trees = [build_token_tree([ids for group in batch for ids in group["input_ids"]]) for batch in batches]
+    if args.mode == "scoring":
+        batches = contestant.trainer.eval_batches(dataset)
+    else:
+        batches = in_file_order(len(groups), args.batch_size)
+    trees = [build_token_tree([ids for i in batch for ids in groups[i]["input_ids"]]) for batch in batches]
     needed = sum(len(tree["subtree_ends"]) for tree in trees)
     return {
         "seconds": seconds,
@@ -536,19 +540,14 @@ def format_scaling(summary: dict[str, dict[str, Any]]) -> str:
 
 def plot(path: Path, panels: dict[str, dict[str, float]], label: str) -> None:
     """Draws one panel of bars per title."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False, layout="constrained")
-    for (title, bars), axis in zip(panels.items(), axes[0], strict=True):
+    figure, axes = new_figure(len(panels), width=4, height=3)
+    for (title, bars), axis in zip(panels.items(), axes, strict=True):
         drawn = axis.barh(list(bars), list(bars.values()), color=[f"C{i}" for i in range(len(bars))])
         axis.bar_label(drawn, fmt="%.3g", padding=3)
         axis.invert_yaxis()
         axis.margins(x=0.2)
         axis.set(title=title, xlabel=label)
-    figure.savefig(path, dpi=120)
+    save_figure(path, figure)
 
 
 def describe_machine(args: argparse.Namespace) -> dict[str, Any]:
@@ -569,10 +568,9 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     real = REPO_ROOT / "data" / "hh-split"
     data_dir = os.environ.get("HH_DATA_DIR") or (real if real.is_dir() else REPO_ROOT / "data" / "sample")
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Measures what a training step or a scored batch costs under several ways of batching.",
         epilog="example:\n  python tools/benchmark.py --output_dir outputs/benchmark --threads 2",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="folder for benchmark.json and benchmark.png")
@@ -621,6 +619,8 @@ def complete_args(args: argparse.Namespace) -> None:
     if "trl" in args.contestants and not importlib.util.find_spec("trl"):
         print("trl is left out: it is not installed (pip install trl==1.16.0)")
         args.contestants.remove("trl")
+    if not args.contestants:
+        raise InputError("--contestants trl: TRL is not installed (pip install trl==1.16.0)")
     if args.threads:
         torch.set_num_threads(args.threads)
 

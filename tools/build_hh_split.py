@@ -33,6 +33,8 @@ from preference_records import (
     SEPARATOR,
     BadField,
     InputError,
+    OneLineParser,
+    describe_counts,
     exit_on_input_error,
     raise_bad_records,
     read_records,
@@ -267,21 +269,14 @@ def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[s
     return outputs
 
 
-def describe_counts(counts: Counter[str]) -> str:
-    """Returns the number of dropped pairs, and of each kind."""
-    kinds = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()) if count)
-    return f"{counts.total()}" + (f" ({kinds})" if kinds else "")
-
-
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Builds the hh-split layout (data/README.md) from Anthropic's hh-rlhf.",
         epilog="example:\n"
         "  python tools/build_hh_split.py --output_dir data/hh-split \\\n"
         "      --train_data_path hh-rlhf/helpful-base/train.jsonl.gz hh-rlhf/harmless-base/train.jsonl.gz \\\n"
         "      --test_data_path hh-rlhf/helpful-base/test.jsonl.gz hh-rlhf/harmless-base/test.jsonl.gz",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to; made if it is not there")
     parser.add_argument(
@@ -341,7 +336,7 @@ def main() -> None:
     train_groups = load_groups(train_paths, dropped["train"], inputs["train"])
     train_groups = remove_prompts(train_groups, test_groups, dropped["train"])
     if test_paths and not test_groups:
-        raise InputError(f"no test pair is left after cleaning; dropped: {describe_counts(dropped['test'])}")
+        raise InputError(f"no test pair is left after cleaning; dropped: {describe_counts(dropped['test'], 'pairs')}")
 
     # ---- partition
     sizes = {"rm": args.rm_size, "valid": args.valid_size}
@@ -355,7 +350,7 @@ def main() -> None:
     outputs = write_split(args.output_dir, parts, manifest)
     for split, counts in dropped.items():
         num_read = sum(source["pairs"] for source in inputs[split].values())
-        print(f"{split}: {num_read} pairs read, {describe_counts(counts)} dropped")
+        print(f"{split}: {num_read} pairs read, {describe_counts(counts, 'pairs')} dropped")
     for name, output in outputs.items():
         print(f"{args.output_dir / name}: {output['pairs']} pairs, {output['prompts']} prompts")
 

@@ -38,17 +38,25 @@ from preference_records import (
     SEPARATOR,
     BadField,
     InputError,
+    OneLineParser,
     PreferenceRecord,
     exit_on_input_error,
     iter_records,
     parse_record,
-    require,
     require_query_id,
+    require_string,
     require_text,
     write_json,
 )
-from reports import wilson_interval
-from reward_datasets import TOKENIZE_BATCH_SIZE, RewardDataCollator, build_sequence, name_datasets, normalize_scores
+from reports import new_figure, save_figure, wilson_interval
+from reward_datasets import (
+    RewardDataCollator,
+    build_sequence,
+    encode_records,
+    name_datasets,
+    normalize_scores,
+    preferred_pairs,
+)
 
 if TYPE_CHECKING:
     from models import RewardTokenizer
@@ -76,7 +84,7 @@ class Findings(dict[str, dict[str, Any]]):
         finding = self.setdefault(name, {"count": 0, "first": []})
         finding["count"] += 1
         if len(finding["first"]) < NUM_SHOWN:
-            finding["first"].append(example)
+            finding["first"].append(example.encode(errors="replace").decode())  # no file holds half a surrogate pair
 
 
 @dataclass
@@ -113,10 +121,7 @@ def parse_golden(raw: dict[str, Any]) -> PreferenceRecord:
     query_id, query = require_query_id(raw), require_text(raw, "query")
     if SEPARATOR in query:
         raise BadField("query", f"a text with {SEPARATOR}", f"one without; {SEPARATOR} is put behind it")
-    golden = require(raw, "golden", "a string")
-    if not isinstance(golden, str) or golden.strip():
-        golden = require_text(raw, "golden")
-    return PreferenceRecord([query], [golden], [0.0], query_id, ["golden"])
+    return PreferenceRecord([query], [require_string(raw, "golden")], [0.0], query_id, ["golden"])
 
 
 def parse_records(check: FileCheck, add_sep_token: bool) -> Iterator[tuple[str, PreferenceRecord]]:
@@ -145,10 +150,9 @@ def digest(value: Any) -> bytes:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).digest()
 
 
-def preferred_pairs(record: PreferenceRecord) -> list[tuple[int, int]]:
+def pairs_of(record: PreferenceRecord) -> list[tuple[int, int]]:
     """The pairs (i, j) of an item in which training prefers i: float32 of the normalised scores tells, as there."""
-    scores = np.float32(normalize_scores(record.scores))
-    return [(int(i), int(j)) for i, j in np.argwhere(scores[:, None] > scores[None, :])]
+    return preferred_pairs(np.float32(normalize_scores(record.scores)).tolist())
 
 
 def check_texts(check: FileCheck, place: str, record: PreferenceRecord) -> None:
@@ -169,7 +173,7 @@ def check_texts(check: FileCheck, place: str, record: PreferenceRecord) -> None:
     check.counts["without_prompt"] += not any(prompt.strip() for prompt in record.prompts)
     if check.kind != "pairs":
         return
-    pairs = preferred_pairs(record)
+    pairs = pairs_of(record)
     check.counts.update(pairs=len(pairs), tied_pairs=math.comb(len(texts), 2) - len(pairs), tied_items=not pairs)
     for i, j in pairs:
         if texts[i] == texts[j]:
@@ -182,18 +186,6 @@ def check_texts(check: FileCheck, place: str, record: PreferenceRecord) -> None:
 # ------------------------------------------------------------------------------------------------ tokens
 
 
-def encode(
-    records: Iterator[tuple[str, PreferenceRecord]], tokenizer: RewardTokenizer
-) -> Iterator[tuple[str, PreferenceRecord, list[tuple[list[int], list[int]]]]]:
-    """Adds the ids of the prompt and of the response to each response of a record, encoded apart as in training."""
-    while batch := list(itertools.islice(records, TOKENIZE_BATCH_SIZE)):
-        prompts = list(dict.fromkeys(prompt for _, record in batch for prompt in record.prompts))
-        prompt_ids = dict(zip(prompts, tokenizer.encode(prompts), strict=True))
-        response_ids = iter(tokenizer.encode([response for _, record in batch for response in record.responses]))
-        for place, record in batch:
-            yield place, record, [(prompt_ids[prompt], next(response_ids)) for prompt in record.prompts]
-
-
 def tokenized_items(
     check: FileCheck,
     records: Iterator[tuple[str, PreferenceRecord]],
@@ -202,7 +194,7 @@ def tokenized_items(
 ) -> Iterator[dict[str, Any]]:
     """Adds what the tokens of each record tell, and yields items as `RewardDataCollator` takes them."""
     unlimited = {**settings, "max_length": sys.maxsize}
-    for place, record, ids in encode(records, tokenizer):
+    for place, record, ids in encode_records(records, tokenizer):
         sequences = [build_sequence(*pair, tokenizer, **settings) for pair in ids]
         different = dict(zip(record.prompts, (prompt for prompt, _ in ids), strict=True))
         check.lengths["prompt"].extend(map(len, different.values()))
@@ -214,7 +206,7 @@ def tokenized_items(
             behind_prompt = whole - 1 - len(prompt)  # bos stands before it
             if prompt and settings["truncation_side"] == "left" and len(sequence) <= behind_prompt:
                 check.findings.add("prompts_cut_away", f"{place}: response {number} ({len(response)} tokens)")
-        for i, j in preferred_pairs(record) if check.kind == "pairs" else ():
+        for i, j in pairs_of(record) if check.kind == "pairs" else ():
             is_same_text = (record.prompts[i], record.responses[i]) == (record.prompts[j], record.responses[j])
             if sequences[i] == sequences[j] and not is_same_text:
                 check.findings.add("identical_after_truncation", f"{place}: responses {i + 1} and {j + 1}")
@@ -401,11 +393,8 @@ def format_report(report: dict[str, Any]) -> str:
 
 def draw_report(path: Path, checks: list[FileCheck], max_length: int) -> None:
     """Draws the lengths of the sequences of each file, and the tokens that each way of batching runs."""
-    from matplotlib.figure import Figure
-
     checks = [check for check in checks if check.tokens_run]
-    figure = Figure(figsize=(11, 3 + 0.5 * len(checks)), layout="constrained")
-    histogram, bars = figure.subplots(1, 2)
+    figure, (histogram, bars) = new_figure(2, width=5.5, height=3 + 0.5 * len(checks))
     bins = np.linspace(0, max((max(check.lengths["sequence"]) for check in checks), default=1), 41)
     for check in checks:
         lengths = check.lengths["sequence"]
@@ -422,16 +411,14 @@ def draw_report(path: Path, checks: list[FileCheck], max_length: int) -> None:
     bars.axvline(1, color="grey", linestyle=":")
     bars.set(xlabel="tokens run for each that the sequences hold", title="batching")
     bars.legend(fontsize=7)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    save_figure(path, figure)
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
 
 def parse_bool(word: str) -> bool:
-    """Reads the words that `train.py` takes for a flag of yes or no."""
+    """Reads true or false."""
     if word.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"found {word}, expected true or false")
     return word.lower() == "true"
@@ -439,13 +426,12 @@ def parse_bool(word: str) -> bool:
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Says what is wrong with data files, and what is in them.",
         epilog="example:\n"
         "  python tools/check_data.py --train_data_path data/sample/rm_data/hh_split_rm.train.json \\\n"
         "      --eval_data_path data/sample/eval_data/hh_cleaned_origin.test.json \\\n"
         "      --model_name_or_path outputs/rm_base --output_dir outputs/check_data",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--train_data_path", nargs="+", default=[], help="files that training draws on, of any kind")
     parser.add_argument("--eval_data_path", nargs="+", default=[], help="files for evaluation, of any kind")

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preference_records import InputError, exit_on_input_error
+from preference_records import InputError, OneLineParser, exit_on_input_error
 from reports import wilson_interval
 from reward_datasets import name_datasets
 
@@ -86,10 +86,9 @@ def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Prints the evaluation results of several runs side by side, with 95 % intervals.",
         epilog="example:\n  python tools/compare_runs.py outputs/rm_base outputs/rm_apo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run_dirs", nargs="+", help=f"output folders of runs, each with a {RESULTS_FILE}")
     parser.add_argument("--bins", type=int, default=10, help="bins of the calibration error (default: 10)")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preference_records import InputError, exit_on_input_error
+from preference_records import InputError, OneLineParser, exit_on_input_error
 
 
 def convert_gguf(gguf_path: str, output_dir: str) -> int:
@@ -43,9 +43,7 @@ def parse_args() -> argparse.Namespace:
     example = (
         "example:\n  python tools/convert_gguf.py --gguf_path SmolLM2-135M-Instruct.Q4_1.gguf --output_dir smollm2"
     )
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, epilog=example)
     parser.add_argument("--gguf_path", required=True, help="the GGUF file")
     parser.add_argument("--output_dir", required=True, help="folder to write the model to")
     return parser.parse_args()

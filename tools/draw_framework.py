@@ -6,6 +6,7 @@ python tools/draw_framework.py
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import matplotlib.pyplot as plt
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO_ROOT))
+from preference_records import OneLineParser, exit_on_input_error, replacing
+
 WIDTH, HEIGHT = 12.0, 4.98  # inches; one unit of the drawing is one inch
 BOX_WIDTH, BOX_HEIGHT, BOX_Y = 4.2, 2.4, 1.38  # of a player
 LEFT_BOX, RIGHT_BOX = 0.3, WIDTH - 0.3 - BOX_WIDTH
@@ -145,15 +149,18 @@ def draw_framework() -> Any:
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description="Draws the framework of APO.")
+    example = "example:\n  python tools/draw_framework.py --output_dir figures"
+    parser = OneLineParser(description="Draws the framework of APO.", epilog=example)
     parser.add_argument("--output_dir", type=Path, default=REPO_ROOT / "figures", help="folder (default: figures)")
     return parser.parse_args()
 
 
+@exit_on_input_error
 def main() -> None:
     """Draws the figure and saves it; the same matplotlib gives the same bytes."""
     path = parse_args().output_dir / "apo_framework.png"
-    draw_framework().savefig(path, dpi=150, metadata={"Software": None})
+    with replacing(path) as temporary:
+        draw_framework().savefig(temporary, format="png", dpi=150, metadata={"Software": None})
     print(path)
 
 

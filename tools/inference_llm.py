@@ -27,8 +27,8 @@ from typing import Any
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from completion_client import Completion, CompletionClient, add_server_flags, check_server_flags, complete_all
-from preference_records import DATA_TYPES, InputError, exit_on_input_error
+from completion_client import CompletionClient, add_server_flags, check_server_flags, complete_all
+from preference_records import DATA_TYPES, InputError, OneLineParser, exit_on_input_error
 from responses import (
     TEMPLATES,
     Decoding,
@@ -38,9 +38,9 @@ from responses import (
     derive_seed,
     format_response,
     hash_prompts,
-    list_turn_markers,
     load_prompts,
     render_prompts,
+    stop_strings_of,
 )
 from result_store import ResultStore, model_version, refuse_overwriting
 
@@ -68,7 +68,7 @@ DECODING_HELP = {
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="The LLM's answers to the prompts of a file.",
         epilog="examples:\n"
         "  torchrun --nproc_per_node 8 tools/inference_llm.py --model_name_or_path outputs/llm --model_prefix llm \\\n"
@@ -77,7 +77,6 @@ def parse_args() -> argparse.Namespace:
         "  python tools/inference_llm.py --engine openai --base_url http://localhost:8000/v1 --concurrency 64 \\\n"
         "      --model_name_or_path llm --data_path data/sample/eval_data/hh_cleaned_origin.test.json \\\n"
         "      --task_type testing --output_dir outputs/samples",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -152,7 +151,7 @@ def make_requests(
         "temperature": decoding.temperature,
         "top_p": decoding.top_p,
         "max_tokens": decoding.max_new_tokens,
-        "stop": list(list_turn_markers(template)),
+        "stop": list(stop_strings_of(template)),
         "extra_body": extra,
     }
     field = "messages" if template == "chat" else "prompt"
@@ -176,7 +175,7 @@ def main() -> None:
         raise InputError(f"--engine openai in {num_processes} processes: expected one; --concurrency asks for more")
     result_path = args.output_dir / f"{args.model_prefix}_{args.task_type}_{args.data_suffix}_results.json"
     refuse_overwriting(args.data_path, result_path)
-    markers = list_turn_markers(args.prompt_template)
+    stop_strings = stop_strings_of(args.prompt_template)
     prompts = load_prompts(args.data_path, args.data_type)
     rendered = render_prompts(args.data_path, prompts, args.prompt_template)
     names = ("engine", "model_name_or_path", "task_type", "prompt_template", "seed")
@@ -225,12 +224,9 @@ def main() -> None:
         with tqdm(total=len(share), initial=len(share) - len(todo), unit="prompt", disable=rank != 0) as progress:
 
             def keep(prompt: Prompt, texts: list[str]) -> None:
-                store.append(prompt.key, [format_response(text, markers) for text in texts])
-                counts["cut"] += count_cuts(texts, markers)
+                store.append(prompt.key, [format_response(text, stop_strings) for text in texts])
+                counts["cut"] += count_cuts(texts, stop_strings)
                 progress.update()
-
-            def keep_completions(prompt: Prompt, completions: list[Completion]) -> None:
-                keep(prompt, [completion.text for completion in completions])
 
             if args.engine == "openai":
                 requests = make_requests(
@@ -243,7 +239,7 @@ def main() -> None:
                 complete_all(
                     client,
                     requests,
-                    keep=keep_completions,
+                    keep=lambda prompt, completions: keep(prompt, [c.text for c in completions]),
                     concurrency=args.concurrency,
                     skip_refused=args.skip_refused,
                 )
@@ -256,7 +252,7 @@ def main() -> None:
                     batches=[batch for batch in batches if any(prompts[i].key not in done for i in batch)],
                     decoding=decoding,
                     seed=args.seed,
-                    markers=markers,
+                    stop_strings=stop_strings,
                 )
                 for prompt, texts in answers:
                     if prompt.key not in done:  # of a batch that a kill has torn, computed again in the same shape
@@ -286,7 +282,7 @@ def main() -> None:
     )
     num_same = sum(len(set(responses[p.key])) == 1 for p in answered) if decoding.num_samples > 1 else 0
     if 2 * num_same > len(answered):
-        logger.warning("%d prompts got the same answer every time; does the server sample?", num_same)
+        logger.warning("%d prompts got the same answer every time; expected them to differ", num_same)
     num_empty = sum(not response for p in answered for response in responses[p.key])
     print(f"{result_path}: {len(answered)} prompts x {decoding.num_samples} answers, {num_empty} of them empty")
 

@@ -25,7 +25,7 @@ from pathlib import Path
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO_ROOT))
-from preference_records import SEPARATOR, exit_on_input_error, write_json
+from preference_records import SEPARATOR, OneLineParser, exit_on_input_error, write_json
 
 NUM_SAMPLES = 4
 LABEL_NOISE = 0.1  # share of human pairs with the labels the wrong way round
@@ -412,10 +412,9 @@ def make_sample_data(seed: int) -> dict[str, list[dict]]:
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Make the synthetic preference data, in the layout of the paper's cleaned HH split.",
         epilog="example:\n  python tools/make_sample_data.py --output_dir data/sample --seed 42",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output_dir", type=Path, default=REPO_ROOT / "data" / "sample", help="folder to write to")
     parser.add_argument("--seed", type=int, default=42, help="the committed files are those of seed 42")

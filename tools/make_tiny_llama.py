@@ -16,7 +16,7 @@ from pathlib import Path
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO_ROOT))
-from preference_records import SEPARATOR, InputError, exit_on_input_error, read_records, write_json
+from preference_records import SEPARATOR, InputError, OneLineParser, exit_on_input_error, read_records, write_json
 
 # Training files only: no text of a validation or test prompt shapes the vocabulary.
 DEFAULT_CORPUS = tuple(
@@ -209,11 +209,10 @@ def make_tiny_llama(
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="Write a small random LLaMA with a sentencepiece tokenizer of its own.",
         epilog="example:\n"
         "  python tools/make_tiny_llama.py --output_dir checkpoints/tiny_llama --hidden_size 64 --num_layers 2",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output_dir", required=True, help="folder for the model and its tokenizer")
     parser.add_argument("--hidden_size", type=int, default=64, help="a multiple of twice the heads (default: 64)")

@@ -24,7 +24,6 @@ import glob
 import json
 import logging
 import math
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterable
@@ -39,7 +38,9 @@ from preference_records import (
     MAX_SCORE,
     SEPARATOR,
     InputError,
+    OneLineParser,
     describe,
+    describe_counts,
     exit_on_input_error,
     first_few,
     load_preference_data,
@@ -47,7 +48,7 @@ from preference_records import (
     read_records,
     write_json,
 )
-from reports import Z_95
+from reports import Z_95, new_figure, save_figure
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def find_score_file(data_path: Path, score_path: Path | None, rm_scorer: str | N
 
     Args:
         data_path: the samples; scoring them wrote `<stem of data_path>_pred_<suffix>_results.json`.
-        score_path: a file, a folder, or None for the folder of the data.
+        score_path: a file, a folder, or with `rm_scorer` None for the folder of the data.
         rm_scorer: that suffix; None where a folder holds the rewards of one reward model only.
 
     Raises:
@@ -328,10 +329,7 @@ def make_report(prompts: list[ScoredPrompt], pairs: list[dict[str, str]]) -> dic
 
 def draw_report(path: Path, report: dict[str, Any], pairs: list[dict[str, str]]) -> None:
     """Draws the best-of-n curve with its interval, and the lengths of chosen and rejected answers."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    curve, histogram = figure.subplots(1, 2)
+    figure, (curve, histogram) = new_figure(2)
     rows = report["best_of_n"]
     counts, means = [row["n"] for row in rows], [row["mean"] for row in rows]
     low, high = zip(*(row["interval_95"] or (row["mean"], row["mean"]) for row in rows), strict=True)
@@ -344,9 +342,7 @@ def draw_report(path: Path, report: dict[str, Any], pairs: list[dict[str, str]])
     histogram.hist(sizes, bins=20, label=["chosen", "rejected"])
     histogram.set(xlabel="characters", ylabel="pairs", title="length")
     histogram.legend()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, path)
+    save_figure(path, figure)
 
 
 # ------------------------------------------------------------------------------------------------ telling
@@ -358,8 +354,8 @@ def summary(report: dict[str, Any], skipped_pairs: Counter[str]) -> str:
     for row in report["best_of_n"]:
         interval = "" if row["interval_95"] is None else " [{:.4f}, {:.4f}]".format(*row["interval_95"])
         lines.append(f"best of {row['n']}: expected reward {row['mean']:.4f}{interval}, {row['prompts']} prompts")
-    kinds = ", ".join(f"{count} {reason}" for reason, count in sorted(skipped_pairs.items()))
-    lines.append(f"{report['pairs']} pairs of best over worst" + (f", prompts without one: {kinds}" if kinds else ""))
+    without = describe_counts(skipped_pairs, "prompts")
+    lines.append(f"{report['pairs']} pairs of best over worst, {without} without one")
     return "\n".join(lines)
 
 
@@ -381,27 +377,21 @@ def name_outputs(
 
 
 def check_outputs(outputs: dict[str, Path], inputs: list[Path]) -> None:
-    """Refuses to write over the input, and makes the folder."""
+    """Refuses to write over the input."""
     for path in outputs.values():
         if path.resolve() in [other.resolve() for other in inputs]:
             raise InputError(f"{path}: the output would replace the input; give another --output_file_name")
-    folder = outputs["target"].parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be made ({error.strerror}); give a folder that can be written") from error
 
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         description="LLM samples + their rewards -> the best answer to each prompt, and a best-of-n report.",
         epilog="example:\n"
         "  python tools/rejection_sampling.py \\\n"
         "      --data_path data/sample/rm_data/hh_split_rm_llm_v0.sample.json \\\n"
         "      --score_path outputs/scores/hh_split_rm_llm_v0.sample_pred_rm_apo_results.json \\\n"
         "      --output_dir outputs/rejection_sampling --output_file_name best.json --to_pairs",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--data_path", type=Path, required=True, help='records of "query_id", "query", "sample_0", ...'
@@ -410,7 +400,7 @@ def parse_args() -> argparse.Namespace:
         "--score_path",
         type=Path,
         help="what train.py --task_type inference wrote: <data>_pred_<suffix>_results.json, or its folder "
-        "(default: the folder of the data)",
+        "(default with --rm_scorer: the folder of the data)",
     )
     parser.add_argument("--rm_scorer", help="<suffix> of that file, for a folder with the rewards of several models")
     parser.add_argument("--output_dir", type=Path, default=Path(), help="folder to write to (default: this one)")

@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from preference_records import InputError, exit_on_input_error, read_records, write_json
+from preference_records import InputError, OneLineParser, exit_on_input_error, read_records, write_json
 
 
 def query_ids(path: str) -> set[str]:
@@ -30,9 +30,7 @@ def parse_args() -> argparse.Namespace:
         "example:\n  python tools/select_records.py --data_path rm.train.json --count 320 "
         "--without_ids_of held_out.sample.json --output_path rm_320.json"
     )
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=example, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, epilog=example)
     parser.add_argument("--data_path", required=True, help="the file to cut from")
     parser.add_argument("--output_path", required=True, help="the file to write, a JSON list")
     parser.add_argument("--start", type=int, default=0, help="records to skip (default 0)")
