@@ -433,7 +433,9 @@ def _render_dialogue(prompt: Any, dialogue: list[Any]) -> str:
     messages = prompt + dialogue
     for message in messages:
         if not (
-            isinstance(message, dict) and message.get("role") in tuple(roles) and isinstance(message.get("content"), str)
+            isinstance(message, dict)
+            and message.get("role") in tuple(roles)
+            and isinstance(message.get("content"), str)
         ):
             expected = "a message with a role (user, assistant, system) and a content string"
             raise BadField("chosen/rejected", describe(message), expected)
