@@ -106,36 +106,54 @@ def collate(batch: list[list[list[int]]], batching: str, padding_side: str = "ri
     return RewardDataCollator(3, padding_side, batching)(rows)
 
 
-def run(model: LlamaRewardModel, batch: dict, attention: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Rewards and LM losses (2N,), and the gradients of a weighted sum of both."""
+def run(
+    model: LlamaRewardModel, batch: dict, attention: str, *, lm_loss: bool = False
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Rewards (N,), with the LM losses (2N,), and the gradients of a weighted sum of them."""
     model.set_attn_implementation(attention)
     model.zero_grad()
     num_sequences = len(batch["attention_mask"])
-    output = forward(model, batch, lm_mask=torch.arange(num_sequences) % 2 == 0)
-    values = torch.cat([output.rewards, output.lm_losses])
-    (values * torch.linspace(-1, 1, len(values))).sum().backward()
-    return values.detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    output = forward(model, batch, lm_mask=torch.arange(num_sequences) % 2 == 0 if lm_loss else None)
+    values = torch.cat([output.rewards, output.lm_losses]) if lm_loss else output.rewards
+    (values * torch.linspace(-1, 2, len(values))).sum().backward()
+    return values.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same(model: LlamaRewardModel, batch: list, attention: str, padding_side: str = "right") -> None:
-    values, gradients = run(model, collate(batch, "padded", padding_side), "sdpa")
-    tree_values, tree_gradients = run(model, collate(batch, "tree"), attention)
+def assert_same(
+    model: LlamaRewardModel, batch: list, attention: str, padding_side: str = "right", lm_loss: bool = False
+) -> None:
+    values, gradients = run(model, collate(batch, "padded", padding_side), "sdpa", lm_loss=lm_loss)
+    tree_values, tree_gradients = run(model, collate(batch, "tree"), attention, lm_loss=lm_loss)
+    assert tree_gradients.keys() == gradients.keys()
     torch.testing.assert_close(tree_values, values, rtol=0, atol=1e-5)
     for name, gradient in gradients.items():
         difference = (tree_gradients[name] - gradient).norm()
         assert difference <= 1e-5 * gradient.norm() + 1e-8, (name, difference, gradient.norm())
 
 
-@given(BATCHES, st.sampled_from(["right", "left"]))
-@settings(max_examples=40, deadline=None)
-def test_tree_gives_the_rewards_and_gradients_of_padded_sequences(model, batch, padding_side):
-    assert_same(model, batch, "tree_branches", padding_side)
+@given(BATCHES, st.sampled_from(["right", "left"]), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_tree_gives_the_rewards_and_gradients_of_padded_sequences(model, batch, padding_side, lm_loss):
+    """Over-long items too: cut at different places, their sequences begin differently."""
+    assert_same(model, batch, "tree_branches", padding_side, lm_loss)
 
 
-@given(BATCHES)
+@given(BATCHES, st.booleans())
 @settings(max_examples=20, deadline=None)
-def test_attention_with_a_mask_gives_the_same(model, batch):
-    assert_same(model, batch, "tree_mask")
+def test_attention_with_a_mask_gives_the_same(model, batch, lm_loss):
+    assert_same(model, batch, "tree_mask", lm_loss=lm_loss)
+
+
+def test_bfloat16_gives_the_same_within_its_precision():
+    """Of 8 bits: rewards and gradients within 2 % of those of float32."""
+    model, batch = make_model("eos"), collate([[[1, 5, 6, 7, 2], [1, 5, 6, 9, 9, 2], [1, 8, 2]]], "tree")
+    rewards, gradients = run(model, batch, "tree_branches")
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded_rewards, rounded_gradients = run(model, batch, "tree_branches")
+    assert not torch.equal(rounded_rewards, rewards)
+    torch.testing.assert_close(rounded_rewards, rewards, rtol=0.02, atol=0.02 * rewards.abs().max().item())
+    for name, gradient in gradients.items():
+        assert (rounded_gradients[name] - gradient).norm() <= 0.02 * gradient.norm(), name
 
 
 @given(BATCHES)
