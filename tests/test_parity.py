@@ -133,7 +133,7 @@ SHARED_FLAGS = """--model_type reward --add_sep_token True --remove_unused_colum
 EVAL_RUNS = [name for name, run in REFERENCE.items() if "final_eval_results" in run]
 
 
-@pytest.fixture(scope="module", params=ATTENTION)
+@pytest.fixture(scope="module", params=["tree", pytest.param("padded", marks=pytest.mark.slow)])
 def runs(request, tmp_path_factory):
     """Runs each recorded command once, with each batching: {name: output folder}."""
     folders = {}
