@@ -340,7 +340,7 @@ def test_input_is_never_replaced_and_a_place_that_cannot_be_written_is_named(fil
     flags = ["--data_path", data, "--score_path", rewards]
     done = run_tool(TOOL, *flags, "--output_file_name", data, exit_status=2)
     assert data.read_bytes() == before
-    assert f"{data}: the output would replace the input" in done.stderr
+    assert f"{data}: found the data to read where the result goes" in done.stderr
     for place in (data / "out.json", rewards.parent):
         done = run_tool(TOOL, *flags, "--output_file_name", place, exit_status=2)
         assert f"error: {place}: cannot be written" in done.stderr and done.stderr.count("\n") == 1

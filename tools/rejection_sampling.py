@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import glob
+import itertools
 import json
 import logging
 import math
@@ -49,6 +50,7 @@ from preference_records import (
     write_json,
 )
 from reports import Z_95, new_figure, save_figure
+from result_store import refuse_overwriting
 
 logger = logging.getLogger(__name__)
 
@@ -376,13 +378,6 @@ def name_outputs(
     return {"target": target, **{what: target.with_name(stem + ending) for what, ending in endings.items()}}
 
 
-def check_outputs(outputs: dict[str, Path], inputs: list[Path]) -> None:
-    """Refuses to write over the input."""
-    for path in outputs.values():
-        if path.resolve() in [other.resolve() for other in inputs]:
-            raise InputError(f"{path}: the output would replace the input; give another --output_file_name")
-
-
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = OneLineParser(
@@ -434,7 +429,8 @@ def main() -> None:
     report = {"data": str(args.data_path), "rewards": str(score_path), **make_report(prompts, pairs)}
     report |= {"prompts_without_pair": dict(skipped), "prompts_left_out": empty}
 
-    check_outputs(outputs, [args.data_path, score_path])
+    for path, output in itertools.product((args.data_path, score_path), outputs.values()):
+        refuse_overwriting(path, output)
     write_json(outputs["target"], [with_target(prompt) for prompt in prompts])
     if args.to_pairs:
         write_json(outputs["pairs"], pairs)
