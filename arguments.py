@@ -19,7 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import strtobool
 
-from preference_records import InputError
+from apo.cli import InputError
 
 logger = logging.getLogger(__name__)
 

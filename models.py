@@ -5,15 +5,12 @@ Dimension key, for every module of the project:
     B  prompts (items) of a batch        N  sequences, all present responses of a batch (B*R where none is absent)
     R  responses per prompt, at most     T  tokens of the longest sequence
     D  hidden size                       V  vocabulary size
-    S  tokens of a whole batch in one row (`tree_batching`)
+    S  tokens of a whole batch in one row (`apo.tree`)
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,22 +18,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from sentencepiece import SentencePieceProcessor
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaModel, LlamaPreTrainedModel, set_seed
+from transformers import AutoConfig, LlamaConfig, LlamaModel, LlamaPreTrainedModel, set_seed
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
-from preference_records import InputError
-from tree_batching import Attend, prepare_attention, prepare_pooled_attention, tree_attention
+from apo.cli import InputError
+from apo.tokenizer import RewardTokenizer
+from apo.tree import Attend, prepare_attention, prepare_pooled_attention, tree_attention
 
 logger = logging.getLogger(__name__)
 
 POOLING_TYPES = ("last", "eos", "average", "max")
 SIDES = ("left", "right")
-SENTENCEPIECE_ROLES = ("<0x00>", "<0x01>")  # LLaMA-1/2: ids 3 (pad) and 4 (separator), bytes that no text contains
-ADDED_ROLES = ("<|reward_pad|>", "<|reward_sep|>")
 
 
 @dataclass
@@ -82,127 +76,6 @@ def resolve_settings(config: LlamaConfig, **flags: Any) -> RewardSettings:
 
 
 # ------------------------------------------------------------------------------------------------ tokenizer
-
-
-class RewardTokenizer:
-    """A tokenizer whose pad and separator roles are settled, and whose ids for LLaMA-1/2 are sentencepiece's own.
-
-    transformers 5 encodes text that begins with a space in another way than sentencepiece, and almost every response
-    begins with one, so a checkpoint that ships `tokenizer.model` is encoded by sentencepiece itself, unless it was
-    trained on the ids of transformers.
-    """
-
-    model_input_names = ("input_ids", "attention_mask")
-
-    def __init__(
-        self,
-        hf_tokenizer: PreTrainedTokenizerBase,
-        sentencepiece_path: str | None,
-        backend: str,
-        pad_token_id: int,
-        sep_token_id: int,
-    ) -> None:
-        self.hf_tokenizer = hf_tokenizer
-        self.sentencepiece_path = sentencepiece_path
-        use_sentencepiece = backend == "sentencepiece" and sentencepiece_path
-        self._sentencepiece = SentencePieceProcessor(model_file=sentencepiece_path) if use_sentencepiece else None
-        self.bos_token_id: int = hf_tokenizer.bos_token_id
-        self.eos_token_id: int = hf_tokenizer.eos_token_id
-        self.pad_token_id = pad_token_id
-        self.sep_token_id = sep_token_id
-
-    @property
-    def fingerprint(self) -> str:
-        """Identifies everything that the ids depend on, for the cache of tokenised data."""
-        if self._sentencepiece:
-            vocabulary = Path(self.sentencepiece_path).read_bytes()
-        else:
-            vocabulary = self.hf_tokenizer.backend_tokenizer.to_str().encode()
-        roles = [self.bos_token_id, self.eos_token_id, self.pad_token_id, self.sep_token_id]
-        return hashlib.sha256(vocabulary + json.dumps(roles).encode()).hexdigest()
-
-    def encode(self, texts: list[str]) -> list[list[int]]:
-        """Encodes texts without special tokens; ids of the pad and separator roles never come from text."""
-        if self._sentencepiece:
-            batch = self._sentencepiece.encode(texts)
-        else:
-            batch = self.hf_tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-        roles = (self.pad_token_id, self.sep_token_id)
-        return [
-            ids if roles[0] not in ids and roles[1] not in ids else [i for i in ids if i not in roles] for ids in batch
-        ]
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of a token sequence, special tokens shown."""
-        return self.hf_tokenizer.decode(ids)
-
-    def save_pretrained(self, output_dir: str | Path) -> None:
-        """Saves the tokenizer so that `load_reward_tokenizer` gives the same ids and roles."""
-        self.hf_tokenizer.save_pretrained(output_dir)
-        target = Path(output_dir) / "tokenizer.model"
-        if self.sentencepiece_path and Path(self.sentencepiece_path).resolve() != target.resolve():
-            shutil.copyfile(self.sentencepiece_path, target)
-
-
-def load_reward_tokenizer(
-    path: str, config: LlamaConfig | None = None, backend: str = "sentencepiece"
-) -> RewardTokenizer:
-    """Loads the tokenizer of a model and settles its pad and separator roles.
-
-    The rule: (1) what the checkpoint records, if it is a reward model of this project; (2) for sentencepiece with byte
-    fallback, as in LLaMA-1/2, the byte pieces <0x00> and <0x01>, ids 3 and 4; (3) else pad is the tokenizer's own
-    pad token unless that is also bos, eos or unk, and the roles still open go, in order of id, to special tokens that
-    are neither one of these nor in the chat template; (4) else new tokens are added and the embedding table grows.
-
-    Args:
-        path: a model folder, or a name on the Hub.
-        config: the model's config; read from `path` if absent.
-        backend: `sentencepiece`, the ids of `tokenizer.model` where there is one; or `transformers`, those of the HF
-            tokenizer, for a model that was trained on them.
-
-    Raises:
-        InputError: no usable tokenizer there.
-    """
-    config = config or load_config(path)
-    try:
-        hf_tokenizer = AutoTokenizer.from_pretrained(path)
-        sentencepiece_path = cached_file(path, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
-        if hf_tokenizer.bos_token_id is None or hf_tokenizer.eos_token_id is None:
-            raise InputError(f"{path}: the tokenizer has no bos or no eos token; expected both")
-        pad_token_id, sep_token_id = _settle_roles(hf_tokenizer, sentencepiece_path, config)
-        hf_tokenizer.pad_token = hf_tokenizer.convert_ids_to_tokens(pad_token_id)
-        hf_tokenizer.model_max_length = int(1e30)  # lengths are ours to check; it would warn at every long text
-        return RewardTokenizer(hf_tokenizer, sentencepiece_path, backend, pad_token_id, sep_token_id)
-    except (OSError, ValueError, RuntimeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: no usable tokenizer ({str(error).splitlines()[0]})") from error
-
-
-def _settle_roles(
-    hf_tokenizer: PreTrainedTokenizerBase, sentencepiece_path: str | None, config: LlamaConfig
-) -> tuple[int, int]:
-    recorded = getattr(config, "reward_settings", {})
-    if recorded.get("sep_token_id") is not None:
-        return config.pad_token_id, recorded["sep_token_id"]
-    if sentencepiece_path:
-        processor = SentencePieceProcessor(model_file=sentencepiece_path)
-        pad_token_id, sep_token_id = (processor.piece_to_id(piece) for piece in SENTENCEPIECE_ROLES)
-        if processor.is_byte(pad_token_id) and processor.is_byte(sep_token_id):
-            return pad_token_id, sep_token_id
-    used = {hf_tokenizer.bos_token_id, hf_tokenizer.eos_token_id, hf_tokenizer.unk_token_id}
-    own_pad = [] if hf_tokenizer.pad_token_id in {None, *used} else [hf_tokenizer.pad_token_id]
-    template = str(hf_tokenizer.chat_template or "")
-    spare = [
-        token_id
-        for token_id, token in sorted(hf_tokenizer.added_tokens_decoder.items())
-        if token.special and token_id not in {*used, *own_pad} and token.content not in template
-    ]
-    roles = (own_pad + spare)[:2]
-    if len(roles) < 2:
-        hf_tokenizer.add_special_tokens({"additional_special_tokens": list(ADDED_ROLES[len(roles) :])})
-        roles += [hf_tokenizer.convert_tokens_to_ids(token) for token in ADDED_ROLES[len(roles) :]]
-    return roles[0], roles[1]
 
 
 # ------------------------------------------------------------------------------------------------ model

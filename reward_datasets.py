@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preference_records import PreferenceRecord, iter_preference_data, read_records, sha256_of_file
+from apo.cli import sha256_of_file
+from apo.records import PreferenceRecord, iter_preference_data, read_records
 
 if TYPE_CHECKING:
     import datasets
 
-    from models import RewardTokenizer
+    from apo.tokenizer import RewardTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -288,7 +289,7 @@ class RewardDataCollator:
         import torch
 
         if self.batching == "tree":
-            from tree_batching import build_token_tree
+            from apo.tree import build_token_tree
 
             tree = build_token_tree(sequences)
             return {"input_ids": tree.pop("input_ids"), "attention_mask": tree.pop("attention_mask"), "tree": tree}

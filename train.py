@@ -14,15 +14,15 @@ import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from launch import leave, prepare_deepspeed, setup_logging
-from preference_records import InputError, exit_on_input_error, sha256_of_file, write_json
+from apo.cli import InputError, exit_on_input_error, sha256_of_file, write_json
+from apo.launch import leave, prepare_deepspeed, setup_logging
 from reward_datasets import RewardDataCollator, load_preference_dataset, name_datasets
 
 if TYPE_CHECKING:
     import datasets
 
+    from apo.tokenizer import RewardTokenizer
     from arguments import RewardTrainingArguments
-    from models import RewardTokenizer
     from trainer import RewardModelTrainer
 
 logger = logging.getLogger("train")
@@ -80,7 +80,8 @@ def log_example(dataset: datasets.Dataset, tokenizer: RewardTokenizer) -> None:
 
 def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset]) -> dict[str, dict[str, float]]:
     """Evaluates each set under its own name and writes the results; returns {name: metrics}."""
-    from reports import save_calibration, write_results
+    from apo.figures import save_calibration
+    from apo.run_files import write_results
     from trainer import calibration_curve
 
     args = trainer.args
@@ -111,12 +112,14 @@ def main() -> None:
     # The rest of the heavy imports, once the command line is known to be right.
     import torch
 
-    from models import load_config, load_reward_model, load_reward_tokenizer, resolve_settings
-    from reports import plot_training_curves, write_manifest, write_model_card, write_results
-    from result_store import model_version
-    from scoring import check_query_ids, name_score_files, score_dataset
+    from apo.figures import plot_training_curves
+    from apo.resume import model_version
+    from apo.run_files import write_manifest, write_model_card, write_results
+    from apo.scoring import check_query_ids, name_score_files, score_dataset
+    from apo.tokenizer import load_reward_tokenizer
+    from apo.tree import TREE_ATTENTIONS, choose_attention
+    from models import load_config, load_reward_model, resolve_settings
     from trainer import RewardModelTrainer
-    from tree_batching import TREE_ATTENTIONS, choose_attention
 
     # ---- what scoring must repeat: flags, or what the checkpoint records
     config = load_config(model_args.model_name_or_path)

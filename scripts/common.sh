@@ -24,7 +24,7 @@ use_cpu=$([[ $num_found -eq 0 ]] && echo true || echo false)
 if [[ -z ${MODEL:-} ]]; then
     # A run on the sample data, in a minute or two. Chosen on eval_data/hh_split_llm.valid.json and its golden answers.
     MODEL=$REPO/outputs/tiny_llama
-    if [[ ! -e $MODEL/tokenizer_config.json ]]; then python "$REPO/tools/make_tiny_llama.py" --output_dir "$MODEL"; fi
+    if [[ ! -e $MODEL/tokenizer_config.json ]]; then python "$REPO/tools/dev/make_tiny_llama.py" --output_dir "$MODEL"; fi
     : "${LEARNING_RATE:=1e-3}" "${EPOCHS:=3}" "${BATCH_SIZE:=16}" "${MICRO_BATCH_SIZE:=8}" "${WARMUP_STEPS:=20}"
     : "${OMP_NUM_THREADS:=1}" # more threads make a model this small slower, and much slower on a busy machine
 else

@@ -30,7 +30,7 @@ if [[ -z ${MODEL:-} ]]; then
         exit 2
     fi
     MODEL=$REPO/outputs/tiny_llama
-    if [[ ! -e $MODEL/tokenizer_config.json ]]; then python "$REPO/tools/make_tiny_llama.py" --output_dir "$MODEL"; fi
+    if [[ ! -e $MODEL/tokenizer_config.json ]]; then python "$REPO/tools/dev/make_tiny_llama.py" --output_dir "$MODEL"; fi
     flags+=(--max_new_tokens 32)
     : "${OMP_NUM_THREADS:=1}" # more threads make a model this small slower
     export OMP_NUM_THREADS

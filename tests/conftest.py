@@ -37,14 +37,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 import train
-from models import (
-    LlamaRewardModel,
-    RewardModelOutput,
-    RewardTokenizer,
-    load_config,
-    load_reward_model,
-    load_reward_tokenizer,
-)
+from apo.tokenizer import RewardTokenizer, load_reward_tokenizer
+from models import LlamaRewardModel, RewardModelOutput, load_config, load_reward_model
 from models import resolve_settings as resolve
 from reward_datasets import RewardDataCollator
 

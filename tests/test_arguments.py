@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import CHECKPOINT, E2E, command_line
 
+from apo.cli import InputError
 from arguments import RENAMED_FLAGS, UNUSED_FLAGS, parse_args
-from preference_records import InputError
 
 NEEDED = {"model_name_or_path": CHECKPOINT, "eval_data_path": E2E / "eval_a.json", "use_cpu": True}
 REFERENCE_COMMAND = f"""--task_type hh_split --do_train True --eval_at_start False --model_type reward

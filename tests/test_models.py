@@ -12,16 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
-from models import (
-    POOLING_TYPES,
-    LlamaRewardModel,
-    load_config,
-    load_reward_model,
-    load_reward_tokenizer,
-    pool_rewards,
-    resolve_settings,
-)
-from preference_records import InputError
+from apo.cli import InputError
+from apo.tokenizer import load_reward_tokenizer
+from models import POOLING_TYPES, LlamaRewardModel, load_config, load_reward_model, pool_rewards, resolve_settings
 
 SEQUENCES = st.lists(st.lists(st.integers(5, 1023), min_size=2, max_size=20), min_size=1, max_size=5)
 

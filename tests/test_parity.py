@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CHECKPOINT, E2E, PARITY, forward, load_model, read_json, run_main, training_losses, write_records
 
-from models import load_reward_tokenizer
+from apo.tokenizer import load_reward_tokenizer
 from reward_datasets import RewardDataCollator, load_preference_dataset
 from trainer import apo_loss, preference_metrics, ranking_loss
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from conftest import REPO_ROOT
 
+from apo.cli import InputError
 from arguments import parse_args
-from preference_records import InputError
 
 README = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([REPO_ROOT / "README.md", REPO_ROOT / "data" / "README.md", REPO_ROOT / "configs" / "README.md"])
 TOOLS = sorted(path.stem for path in (REPO_ROOT / "tools").glob("*.py"))
-MODULES = ("arguments", "models", "preference_records", "reports", "reward_datasets", "trainer")
+MODULES = ("arguments", "models", "reward_datasets", "trainer", "apo.records", "apo.figures")
 
 
 def commands(script: str) -> list[list[str]]:

@@ -11,8 +11,9 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import load_reward_tokenizer
-from preference_records import InputError, PreferenceRecord, load_preference_data
+from apo.cli import InputError
+from apo.records import PreferenceRecord, load_preference_data
+from apo.tokenizer import load_reward_tokenizer
 from reward_datasets import (
     RewardDataCollator,
     _count_tokens,
@@ -87,7 +88,7 @@ def test_second_run_does_not_tokenise_again(tmp_path, tokenizer, monkeypatch):
     def fail(self, texts):
         raise AssertionError("tokenised again")
 
-    monkeypatch.setattr("models.RewardTokenizer.encode", fail)
+    monkeypatch.setattr("apo.tokenizer.RewardTokenizer.encode", fail)
     assert load(path, load_reward_tokenizer(str(CHECKPOINT)), cache_dir=str(tmp_path))[:] == first
 
 

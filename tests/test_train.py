@@ -16,8 +16,8 @@ import torch
 from conftest import CHECKPOINT, E2E, REPO_ROOT, command_line, pair, read_json, run_main, run_train, write_records
 from safetensors.torch import load_file
 
+from apo.cli import InputError
 from arguments import DataArguments, ModelArguments, RewardTrainingArguments
-from preference_records import InputError
 from train import complete_best_metric
 
 GOOD = {"text": ["a<sep>b", "a<sep>c"], "scores": [1, 0]}

@@ -18,27 +18,25 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from completion_client import Completion, CompletionClient, add_server_flags, check_server_flags, complete_all
-from preference_records import DATA_TYPES, InputError, OneLineParser, exit_on_input_error
-from responses import (
+from apo.cli import InputError, OneLineParser, exit_on_input_error
+from apo.prompts import (
     GOLDEN_STOP_STRINGS,
     Prompt,
     answered_prompts,
     count_cuts,
     derive_seed,
     format_response,
-    load_prompts,
     render_prompts,
 )
-from result_store import ResultStore, refuse_overwriting
+from apo.records import DATA_TYPES, load_prompts
+from apo.resume import ResultStore, refuse_overwriting
+from apo.server import Completion, CompletionClient, add_server_flags, check_server_flags, complete_all
 
 logger = logging.getLogger("annotate_golden")
 

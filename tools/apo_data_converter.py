@@ -17,15 +17,12 @@ import argparse
 import itertools
 import logging
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from preference_records import (
-    SEPARATOR,
+from apo.cli import (
     BadField,
     InputError,
     OneLineParser,
@@ -34,13 +31,10 @@ from preference_records import (
     exit_on_input_error,
     first_few,
     raise_bad_records,
-    read_records,
-    require_query_id,
-    require_string,
-    require_text,
     write_json,
 )
-from responses import GOLDEN_STOP_STRINGS, SAMPLE_STOP_STRINGS, count_cuts
+from apo.prompts import GOLDEN_STOP_STRINGS, SAMPLE_STOP_STRINGS, count_cuts
+from apo.records import SEPARATOR, read_records, require_query_id, require_string, require_text
 
 logger = logging.getLogger(__name__)
 

@@ -21,28 +21,24 @@ import hashlib
 import json
 import os
 import random
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from preference_records import (
-    SEPARATOR,
+from apo.cli import (
     BadField,
     InputError,
     OneLineParser,
     describe_counts,
     exit_on_input_error,
     raise_bad_records,
-    read_records,
-    require_text,
     sha256_of_file,
     write_json,
 )
-from responses import chat_messages
+from apo.prompts import chat_messages
+from apo.records import SEPARATOR, read_records, require_text
 
 HUB_REPO = "Anthropic/hh-rlhf"
 SUBSETS = ("helpful-base", "harmless-base", "helpful-online", "helpful-rejection-sampled")

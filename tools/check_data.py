@@ -32,23 +32,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from preference_records import (
-    NUM_SHOWN,
+from apo.cli import NUM_SHOWN, BadField, InputError, OneLineParser, exit_on_input_error, write_json
+from apo.figures import new_figure, save_figure
+from apo.records import (
     SEPARATOR,
-    BadField,
-    InputError,
-    OneLineParser,
     PreferenceRecord,
-    exit_on_input_error,
     iter_records,
     parse_record,
     require_query_id,
     require_string,
     require_text,
-    write_json,
 )
-from reports import new_figure, save_figure, wilson_interval
+from apo.statistics import wilson_interval
 from reward_datasets import (
     RewardDataCollator,
     build_sequence,
@@ -59,7 +54,7 @@ from reward_datasets import (
 )
 
 if TYPE_CHECKING:
-    from models import RewardTokenizer
+    from apo.tokenizer import RewardTokenizer
 
 FINDINGS = {
     "unreadable": "the file is not readable to its end, or holds other things than records",
@@ -473,7 +468,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 def load_tokenizer(path: str, flags: dict[str, Any]) -> tuple[RewardTokenizer, dict[str, Any]]:
     """The tokenizer of a model, and its settings as `train.py` would settle them."""
-    from models import load_config, load_reward_tokenizer, resolve_settings
+    from apo.tokenizer import load_reward_tokenizer
+    from models import load_config, resolve_settings
 
     config = load_config(path)
     settings = resolve_settings(config, **flags)

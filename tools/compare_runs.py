@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from preference_records import InputError, OneLineParser, exit_on_input_error
-from reports import wilson_interval
+from apo.cli import InputError, OneLineParser, exit_on_input_error
+from apo.statistics import wilson_interval
 from reward_datasets import name_datasets
 
 RESULTS_FILE = "final_eval_results.json"

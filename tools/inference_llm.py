@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from collections import Counter
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -26,10 +25,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from completion_client import CompletionClient, add_server_flags, check_server_flags, complete_all
-from preference_records import DATA_TYPES, InputError, OneLineParser, exit_on_input_error
-from responses import (
+from apo.cli import InputError, OneLineParser, exit_on_input_error
+from apo.prompts import (
     TEMPLATES,
     Decoding,
     Prompt,
@@ -38,11 +35,12 @@ from responses import (
     derive_seed,
     format_response,
     hash_prompts,
-    load_prompts,
     render_prompts,
     stop_strings_of,
 )
-from result_store import ResultStore, model_version, refuse_overwriting
+from apo.records import DATA_TYPES, load_prompts
+from apo.resume import ResultStore, model_version, refuse_overwriting
+from apo.server import CompletionClient, add_server_flags, check_server_flags, complete_all
 
 logger = logging.getLogger("inference_llm")
 
@@ -187,7 +185,7 @@ def main() -> None:
         client = CompletionClient(args.base_url, timeout=args.timeout, max_retries=args.max_retries)
         notes = {"base_url": client.base_url}
     else:
-        import llm_sampling
+        from apo import sampling as llm_sampling
         from models import load_config
 
         config = load_config(args.model_name_or_path)

@@ -25,7 +25,6 @@ import itertools
 import json
 import logging
 import math
-import sys
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -34,23 +33,20 @@ from typing import Any
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from preference_records import (
-    MAX_SCORE,
-    SEPARATOR,
+from apo.cli import (
     InputError,
     OneLineParser,
     describe,
     describe_counts,
     exit_on_input_error,
     first_few,
-    load_preference_data,
     raise_bad_records,
-    read_records,
     write_json,
 )
-from reports import Z_95, new_figure, save_figure
-from result_store import refuse_overwriting
+from apo.figures import new_figure, save_figure
+from apo.records import MAX_SCORE, SEPARATOR, load_preference_data, read_records
+from apo.resume import refuse_overwriting
+from apo.statistics import Z_95
 
 logger = logging.getLogger(__name__)
 

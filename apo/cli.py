@@ -1,0 +1,123 @@
+"""What every command line shares: wrong input ends in one line, and files are written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+NUM_SHOWN = 5  # problems that one error message shows
+
+
+class InputError(ValueError):
+    """Wrong input from outside. Its text is the one line that the user reads: what came, what was expected."""
+
+
+def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Makes a script's `main` end with one line on stderr and exit status 2 on an `InputError`.
+
+    Under torchrun every process that finds the error reports it, all but the first with their rank.
+    """
+
+    @functools.wraps(main)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            main(*args, **kwargs)
+        except InputError as error:
+            rank = os.environ.get("RANK", "0")
+            name = "error: " if rank == "0" else f"error of rank {rank}: "
+            print(name + str(error).replace("\n", "\\n"), file=sys.stderr, flush=True)
+            sys.exit(2)
+
+    return wrapped
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A tool's command line: flags in full only, and what is wrong in one line instead of a page of usage."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path`, and renames it at the end: a killed run leaves no half file.
+
+    Raises:
+        InputError: what was written there, or its text, cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, UnicodeEncodeError) as error:
+        raise InputError(f"{path}: cannot be written ({error}); give another place, or fix the text") from error
+    finally:
+        with contextlib.suppress(OSError):  # renamed, or never there
+            temporary.unlink()
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Writes `obj` as JSON, whole or not at all; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(obj, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Returns the sha256 of a file's bytes in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class BadField(Exception):
+    """A field of one record is wrong: what was found and expected. Becomes one part of the file's `InputError`."""
+
+    def __init__(self, field: str, found: str, expected: str) -> None:
+        super().__init__(f'field "{field}": found {found}, expected {expected}')
+
+
+def first_few(parts: list[str]) -> str:
+    """Joins the first five parts of a message and counts the rest."""
+    more = f"; and {len(parts) - NUM_SHOWN} more" if len(parts) > NUM_SHOWN else ""
+    return "; ".join(parts[:NUM_SHOWN]) + more
+
+
+def describe_counts(counts: Counter[str], noun: str) -> str:
+    """Puts the number of things, and of each kind, into words."""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()) if count)
+    return f"{counts.total()} {noun}" + (f" ({kinds})" if kinds else "")
+
+
+def raise_bad_records(path: str | Path, problems: list[str]) -> None:
+    """Raises one `InputError` for all bad records of a file, if there are any."""
+    if problems:
+        count = f"{len(problems)} bad records: " if len(problems) > 1 else ""
+        raise InputError(f"{path}: {count}{first_few(problems)}")
+
+
+def describe(value: Any) -> str:
+    """Puts a value of a record into the words of an error message."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return f"the string {json.dumps(value[:40], ensure_ascii=False)}{'...' * (len(value) > 40)}" if value else '""'
+    if isinstance(value, (int, float)):
+        return f"the number {value}"
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return f"an object with {', '.join(value) or 'no fields'}"
+    return f"a value of type {type(value).__name__}"  # parquet has bytes, decimals and times

@@ -1,0 +1,57 @@
+"""Every plot: training curves, reliability diagrams, and what the tools draw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apo.cli import replacing, write_json
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def new_figure(num_panels: int, width: float = 4.5, height: float = 3.5) -> tuple[Figure, list[Axes]]:
+    """Returns a figure and its panels, side by side, each of so many inches."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width * num_panels, height), layout="constrained")
+    return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
+
+
+def save_figure(path: str | Path, figure: Figure) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def plot_training_curves(output_dir: str, log_history: list[dict[str, float]]) -> None:
+    """Draws loss, accuracy and margin over the steps, training and each evaluation set, to `training_curves.png`."""
+    names = ("loss", "accuracy", "margin")
+    losses = {key for log in log_history for key in log if key.startswith("eval_") and key.endswith("_loss")}
+    eval_sets = sorted(key.removeprefix("eval_").removesuffix("_loss") for key in losses)
+    figure, axes = new_figure(len(names))
+    for name, axis in zip(names, axes, strict=True):
+        curves = {"training": name, **{eval_set: f"eval_{eval_set}_{name}" for eval_set in eval_sets}}
+        for color, (label, key) in enumerate(curves.items()):
+            points = [(log["step"], log[key]) for log in log_history if key in log]
+            axis.plot(*np.transpose(points or [(np.nan, np.nan)]), marker=".", color=f"C{color % 10}", label=label)
+        axis.set(xlabel="step", title=name)
+    axes[0].legend(fontsize=7)
+    save_figure(Path(output_dir) / "training_curves.png", figure)
+
+
+def save_calibration(output_dir: str, name: str, curves: dict[int, dict[str, np.ndarray]]) -> None:
+    """Writes the reliability diagram of one evaluation set, per number of bins: numbers as JSON, and a PNG."""
+    stem = Path(output_dir) / f"calibration_{name.replace('/', '_').removesuffix('.json')}"
+    numbers = {bins: {key: values.tolist() for key, values in curve.items()} for bins, curve in curves.items()}
+    write_json(stem.with_name(stem.name + ".json"), numbers)
+    figure, axes = new_figure(len(curves))
+    for (bins, curve), axis in zip(curves.items(), axes, strict=True):
+        axis.plot([0, 1], [0, 1], linestyle=":", color="grey")
+        axis.plot(curve["confidence"], curve["accuracy"], marker="o")
+        axis.set(xlabel="predicted probability", ylabel="share preferred", title=f"{name}, {bins} bins")
+    save_figure(stem.with_name(stem.name + ".png"), figure)

@@ -1,0 +1,81 @@
+"""What a run leaves beside the model: results, manifest, curves, reliability diagrams, model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apo.cli import sha256_of_file, write_json
+
+if TYPE_CHECKING:
+    pass
+
+PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
+
+
+def git_commit() -> str:
+    """The commit of this checkout, with "-dirty" when files differ from it; "unknown" outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def write_manifest(output_dir: str, arguments: dict[str, Any], data_paths: list[str]) -> None:
+    """Writes `arguments.json` (every resolved flag) and `manifest.json` (inputs, versions, commit, seed)."""
+    write_json(Path(output_dir) / "arguments.json", arguments)
+    manifest = {
+        "data": {path: sha256_of_file(path) for path in data_paths},
+        "packages": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "commit": git_commit(),
+        "seed": arguments["seed"],
+        "num_processes": arguments["world_size"],
+    }
+    write_json(Path(output_dir) / "manifest.json", manifest)
+
+
+def write_results(output_dir: str, split: str, metrics: dict[str, Any]) -> None:
+    """Writes `<split>_results.json` and merges it into `all_results.json`."""
+    write_json(Path(output_dir) / f"{split}_results.json", metrics)
+    combined = Path(output_dir) / "all_results.json"
+    earlier = json.loads(combined.read_text(encoding="utf-8")) if combined.is_file() else {}
+    write_json(combined, {**earlier, **metrics})
+
+
+def write_model_card(output_dir: str, base_model: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
+    """Writes `README.md`: what the model is, how to score with it, its settings and its metrics."""
+    rows = [
+        f"| {name} | {metrics[f'eval_{name}_accuracy']:.4f} | {metrics[f'eval_{name}_pairs']} "
+        f"| {metrics[f'eval_{name}_margin']:.4f} | {metrics[f'eval_{name}_loss']:.4f} |"
+        for name, metrics in results.items()
+        if f"eval_{name}_accuracy" in metrics
+    ]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [reward-model, preference-learning, adversarial-preference-optimization]",
+        "---",
+        "",
+        f"Reward model, trained from `{base_model}` with the preference losses of arXiv:2311.08045.",
+        "A reward is an unbounded scalar; only differences between answers to the same prompt carry meaning.",
+        "",
+        "Scoring: `python train.py --task_type inference --model_name_or_path <this folder> --data_type reject_sample "
+        "--eval_data_path <file> --output_dir <folder>`; the settings below are read from `config.json`.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {name} | {value} |" for name, value in settings.items()),
+        "",
+        "| evaluation set | accuracy | pairs | margin | loss |",
+        "|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    (Path(output_dir) / "README.md").write_text("\n".join(lines), encoding="utf-8")

@@ -1,0 +1,164 @@
+"""Scores: every answer once, in file order, the same to the bit however often a run was killed."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CHECKPOINT, E2E, REPO_ROOT, command_line, read_json, run_main, write_records
+
+from apo import scoring
+from apo.cli import InputError
+from apo.scoring import check_query_ids, name_score_files
+from trainer import RewardModelTrainer
+
+NUM_RECORDS = 40
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory) -> Path:
+    """Records of one to four answers, some of the ids with colons and Unicode."""
+    templates = read_json(E2E / "samples.json")
+    records = []
+    for number in range(NUM_RECORDS):
+        record = dict(templates[number % len(templates)], query_id=f"é:{number}:{'x' * (number % 3)}")
+        for key in ("sample_1", "sample_2", "sample_3")[: number % 4]:
+            del record[key]
+        records.append(record)
+    return write_records(tmp_path_factory.mktemp("samples") / "samples.json", records)
+
+
+def flags(samples: Path, output_dir: Path, **others: object) -> dict[str, object]:
+    """One record a batch: 40 batches, ten parts."""
+    return {
+        "task_type": "inference",
+        "data_type": "reject_sample",
+        "model_name_or_path": CHECKPOINT,
+        "add_sep_token": True,
+        "pooling_type": "last",
+        "eval_data_path": samples,
+        "data_suffix": "rm",
+        "eval_token_budget": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "output_dir": output_dir,
+    } | others
+
+
+def scores_file(output_dir: Path) -> Path:
+    return output_dir / "samples_pred_rm_results.json"
+
+
+def partial_lines(output_dir: Path) -> int:
+    return sum(path.read_bytes().count(b"\n") for path in output_dir.glob("*.partial.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(samples, tmp_path_factory) -> bytes:
+    output_dir = tmp_path_factory.mktemp("undisturbed")
+    run_main(**flags(samples, output_dir))
+    assert partial_lines(output_dir) == 0
+    return scores_file(output_dir).read_bytes()
+
+
+def test_every_answer_is_scored_once_in_file_order(samples, undisturbed, tmp_path):
+    expected = [
+        f"{record['query_id']}:{key}" for record in read_json(samples) for key in record if key.startswith("sample_")
+    ]
+    path = tmp_path / "scores.json"
+    path.write_bytes(undisturbed)
+    assert [key for row in read_json(path) for key in row] == expected
+
+
+@pytest.mark.parametrize("others", [{"eval_token_budget": 700}, {"batching": "padded", "eval_token_budget": 900}])
+def test_rewards_do_not_depend_on_batches(samples, undisturbed, tmp_path, others):
+    run_main(**flags(samples, tmp_path, **others))
+    (tmp_path / "undisturbed.json").write_bytes(undisturbed)
+    rewards = [
+        [reward for row in read_json(path) for reward in row.values()]
+        for path in (scores_file(tmp_path), tmp_path / "undisturbed.json")
+    ]
+    assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
+
+
+def interrupt_after(monkeypatch, num_parts: int) -> list[int]:
+    """Lets scoring die after some parts; returns a list that grows by the batches of each part."""
+    seen: list[int] = []
+    predict = RewardModelTrainer.predict_batches
+
+    def predict_or_die(self, dataset, batches):
+        if num_parts == 0 or len(seen) == num_parts:
+            raise KeyboardInterrupt
+        seen.append(len(batches))
+        return predict(self, dataset, batches)
+
+    monkeypatch.setattr(RewardModelTrainer, "predict_batches", predict_or_die)
+    return seen
+
+
+@pytest.mark.parametrize("num_parts", [0, 1, 4, 9])
+def test_interrupted_run_goes_on_and_computes_nothing_twice(samples, undisturbed, tmp_path, monkeypatch, num_parts):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, num_parts)
+        run_main(**flags(samples, tmp_path))
+    assert not scores_file(tmp_path).exists()
+    assert partial_lines(tmp_path) == num_parts * scoring.BATCHES_PER_PART
+    seen = interrupt_after(monkeypatch, 99)
+    run_main(**flags(samples, tmp_path))
+    assert sum(seen) == NUM_RECORDS - num_parts * scoring.BATCHES_PER_PART
+    assert scores_file(tmp_path).read_bytes() == undisturbed
+    assert partial_lines(tmp_path) == 0
+
+
+def test_rewards_kept_under_other_settings_are_not_taken(samples, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 3)
+        run_main(**flags(samples, tmp_path, pooling_type="eos"))
+    seen = interrupt_after(monkeypatch, 99)
+    run_main(**flags(samples, tmp_path))
+    assert sum(seen) == NUM_RECORDS
+
+
+def test_second_run_replaces_the_first(samples, undisturbed, tmp_path):
+    scores_file(tmp_path).write_text("[]")
+    run_main(**flags(samples, tmp_path))
+    assert scores_file(tmp_path).read_bytes() == undisturbed
+
+
+def test_query_ids_that_occur_twice_are_refused(tmp_path, capsys):
+    with pytest.raises(InputError, match=r"found 1 ids more than once \(a\)"):
+        check_query_ids("x.json", ["a", "b", "a"])
+    record = read_json(E2E / "samples.json")[0]
+    path = write_records(tmp_path / "twice.json", [record, record])
+    with pytest.raises(SystemExit) as stop:
+        run_main(**flags(path, tmp_path / "out"))
+    assert stop.value.code == 2
+    assert "more than once" in capsys.readouterr().err
+
+
+def test_two_files_that_would_share_a_scores_file_are_refused():
+    names = name_score_files("out", ["a/x.json", "b/x.json"], "rm")
+    assert [str(path) for path in names.values()] == ["out/a_x_pred_rm_results.json", "out/b_x_pred_rm_results.json"]
+    with pytest.raises(InputError, match="score them apart"):
+        name_score_files("out", ["x.json", "x.jsonl"], "rm")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_lines", [0, 4, 12, 24, 36])
+def test_killed_run_ends_with_the_same_file(samples, undisturbed, tmp_path, num_lines):
+    """SIGKILL as soon as so many batches are kept; the first before any."""
+    command = [sys.executable, str(REPO_ROOT / "train.py"), *command_line(**flags(samples, tmp_path))]
+    process = subprocess.Popen(command, cwd=REPO_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 300
+        while partial_lines(tmp_path) < num_lines or not (tmp_path / "manifest.json").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    run_main(**flags(samples, tmp_path))
+    assert scores_file(tmp_path).read_bytes() == undisturbed

@@ -1,0 +1,115 @@
+"""The tiny LLaMA: loads like a real one, has LLaMA's kind of tokenizer, and is the same for the same seed."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from apo.cli import InputError
+from tools.dev.make_tiny_llama import make_tiny_llama, read_corpus
+
+SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 320, "max_position_embeddings": 64}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
+    path.write_text("\n".join(f"the cat sat on mat {i} and then  it slept" for i in range(200)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, corpus) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny"), corpus=[corpus], **SIZES)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_model_and_tokenizer_load_and_run(tiny):
+    model = LlamaForCausalLM.from_pretrained(tiny)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    logits = model(**tokenizer("the cat", return_tensors="pt")).logits
+    assert logits.shape[-1] == model.config.vocab_size == SIZES["vocab_size"]
+    assert torch.isfinite(logits).all()
+    assert (model.config.hidden_size, model.config.num_hidden_layers) == (16, 1)
+    assert tokenizer.model_max_length == model.config.max_position_embeddings == 64
+    assert model.config.pad_token_id is None
+
+
+def test_pieces_are_laid_out_as_in_llama(tiny):
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tiny / "tokenizer.model"))
+    assert [pieces.id_to_piece(i) for i in range(5)] == ["<unk>", "<s>", "</s>", "<0x00>", "<0x01>"]
+    assert pieces.id_to_piece(258) == "<0xFF>"
+    assert pieces.vocab_size() <= SIZES["vocab_size"]
+    assert pieces.pad_id() == -1
+
+
+@pytest.mark.parametrize("text", ["the cat", " the  cat ", "a\n\nHuman: 30 € 猫 🙂\ttab"])
+def test_any_text_survives_encoding(tiny, text):
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tiny / "tokenizer.model"))
+    ids = pieces.encode(text)
+    assert pieces.decode(ids) == text
+    assert pieces.unk_id() not in ids
+
+
+def test_a_leading_space_keeps_the_dummy_prefix_and_digits_stay_single(tiny):
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tiny / "tokenizer.model"))
+    assert "".join(pieces.encode(" cat", out_type=str)).startswith("▁▁")
+    assert [piece for piece in pieces.encode("mat 123", out_type=str) if piece[-1].isdigit()] == ["1", "2", "3"]
+
+
+def test_same_seed_same_files_other_seed_other_weights(tiny, corpus, tmp_path):
+    again = make_tiny_llama(tmp_path / "again", corpus=[corpus], **SIZES)
+    other = make_tiny_llama(tmp_path / "other", corpus=[corpus], seed=43, **SIZES)
+    assert hashes(again) == hashes(tiny)
+    changed = {name for name, digest in hashes(other).items() if digest != hashes(tiny)[name]}
+    assert changed == {"model.safetensors"}
+
+
+def test_callers_random_state_is_left_alone(corpus, tmp_path):
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    make_tiny_llama(tmp_path, corpus=[corpus], **SIZES)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_default_corpus_is_the_sample_data(tmp_path):
+    folder = make_tiny_llama(tmp_path, hidden_size=16, num_layers=1, num_heads=2)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert pieces.vocab_size() == 1024
+    assert len(pieces.encode(" Happy to help. Tell me how it goes.")) < 16
+
+
+def test_corpus_takes_texts_of_records_and_leaves_out_ids(tmp_path):
+    path = tmp_path / "corpus.json"
+    record = {"text": ["a\n\nb<sep> c", "d"], "scores": [1.0, 0.0], "query_id": "made_1", "type": "apo"}
+    path.write_text(json.dumps([record]), encoding="utf-8")
+    assert read_corpus([path]) == ["a", "b", " c", "d"]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"hidden_size": 30, "num_heads": 4}, r"--hidden_size 30 --num_heads 4: expected .*multiple of twice"),
+        ({"vocab_size": 259}, r"--vocab_size 259: expected more than 259"),
+        ({"num_layers": 0}, r"--num_layers 0: expected a positive number"),
+    ],
+)
+def test_sizes_that_make_no_llama_are_refused(tmp_path, sizes, message):
+    with pytest.raises(InputError, match=message):
+        make_tiny_llama(tmp_path, **sizes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_corpus_without_text_is_refused(tmp_path):
+    path = tmp_path / "blank.txt"
+    path.write_text(" \n\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"blank.txt: no text found"):
+        make_tiny_llama(tmp_path / "out", corpus=[path])

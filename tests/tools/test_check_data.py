@@ -1,0 +1,406 @@
+"""tools/check_data.py: every finding and statistic by hand, the counts of training itself, and the command line."""
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import CHECKPOINT, PARITY, REPO_ROOT, pair, read_json, run_tool, write_records
+
+from apo.cli import InputError
+from apo.records import load_preference_data
+from apo.statistics import wilson_interval
+from apo.tokenizer import load_reward_tokenizer
+from reward_datasets import tokenize_records
+from tools.check_data import (
+    FINDINGS,
+    FileCheck,
+    check_file,
+    compare_ids,
+    compare_prompts,
+    load_tokenizer,
+    make_report,
+    summarize,
+)
+
+TOOL = "check_data.py"
+SAMPLE = REPO_ROOT / "data" / "sample"
+
+
+class WordTokenizer:
+    """Every word is a token, so that lengths can be counted by eye."""
+
+    bos_token_id, eos_token_id, pad_token_id, sep_token_id = 1, 2, 3, 4
+
+    def __init__(self) -> None:
+        self.ids: dict[str, int] = {}
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [[self.ids.setdefault(word, 5 + len(self.ids)) for word in text.split()] for text in texts]
+
+
+def golden(query_id: str, query: str = "Why?", answer: str = " So.") -> dict:
+    return {"query_id": query_id, "query": query, "golden": answer}
+
+
+def samples(query_id: str, query: str = "Why?", *answers: str) -> dict:
+    return {"query_id": query_id, "query": query, **{f"sample_{i}": a for i, a in enumerate(answers or (" No.",))}}
+
+
+def check(path: Path, role: str = "train", **settings: object) -> FileCheck:
+    """Checks a file without a tokenizer."""
+    return check_file(FileCheck(str(path), path.name, role), {"add_sep_token": False, **settings})
+
+
+def check_tokens(path: Path, max_length: int, truncation_side: str = "left", batch_size: int = 8) -> FileCheck:
+    """Checks a file with words as tokens."""
+    settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": True}
+    return check_file(FileCheck(str(path), path.name, "train"), settings, WordTokenizer(), batch_size)
+
+
+def counts(findings: dict) -> dict[str, int]:
+    return {name: finding["count"] for name, finding in findings.items()}
+
+
+def write_as(path: Path, records: list) -> Path:
+    """Writes a file in the format that its name tells."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    text = lines if ".jsonl" in path.name else json.dumps(records)
+    if path.suffix == ".parquet":
+        parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table
+        parquet.write_table(table.from_pylist(records), path)
+    else:
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ one file
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "a.parquet"])
+def test_records_behind_a_bad_one_are_checked_in_every_format(tmp_path, name):
+    """Records 2 (one score for two texts) and 3 (a text that is empty) are bad, 4 is 1 again: two good ones."""
+    bad = [{**pair("What?"), "scores": [1.0]}, {"text": ["", "b<sep>c"], "scores": [1.0, 0.0]}]
+    path = write_as(tmp_path / name, [pair(), *bad, pair()])
+    word = "line" if "jsonl" in name else "record"
+    found = check(path)
+    assert (found.kind, found.counts["records"]) == ("pairs", 2)
+    assert counts(found.findings) == {"bad_records": 2, "duplicates": 1}
+    assert found.findings["duplicates"]["first"] == [f"{word} 4 is {word} 1 again"]
+    with pytest.raises(InputError) as training:
+        load_preference_data(path, "comparison_pair")
+    assert str(training.value) == f"{path}: 2 bad records: {'; '.join(found.findings['bad_records']['first'])}"
+
+
+def test_text_without_separator_is_bad_with_add_sep_token(tmp_path):
+    path = write_records(tmp_path / "a.json", [{"text": ["a", "b"], "scores": [1, 0]}, pair()])
+    assert counts(check(path, add_sep_token=True).findings) == {"bad_records": 1}
+    found = check(path)
+    assert counts(found.findings) == {} and summarize(found)["without_prompt"] == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "records", "message"),
+    [
+        ("", 0, "the file is empty"),
+        (json.dumps(pair()) + "\n{", 1, "broken JSON at line 2"),
+        (json.dumps([pair(), 7]), 1, "record 2: found the number 7, expected an object"),
+    ],
+)
+def test_broken_file_is_a_finding(tmp_path, content, records, message):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    found = check(tmp_path / "a.json")
+    assert found.counts["records"] == records and counts(found.findings) == {"unreadable": 1}
+    assert found.findings["unreadable"]["first"][0].startswith(message)
+
+
+def test_duplicates_have_the_same_prompt_and_set_of_responses(tmp_path):
+    """2 is 1 with its responses exchanged, 4 is 1 under another id: two duplicates; 3 has another prompt."""
+    records = [pair(good=" a", bad=" b"), pair(good=" b", bad=" a"), pair("What?", " a", " b")]
+    records.append(pair(good=" a", bad=" b", query_id="other"))
+    found = check(write_records(tmp_path / "a.json", records))
+    assert counts(found.findings) == {"duplicates": 2}
+    assert found.findings["duplicates"]["first"] == ["record 2 is record 1 again", "record 4 is record 1 again"]
+
+
+def test_ids_must_differ_in_golden_and_samples_files_only(tmp_path):
+    """Id "1" twice in each file, once as a number: one finding each, none among pairs."""
+    files = {
+        "golden": [golden("1"), golden(1, "What?")],
+        "samples": [samples("1"), samples(1, "What?")],
+        "pairs": [pair(query_id="1"), pair("What?", query_id="1")],
+    }
+    for kind, records in files.items():
+        found = check(write_records(tmp_path / f"{kind}.json", records))
+        assert found.kind == kind
+        assert counts(found.findings) == ({} if kind == "pairs" else {"duplicate_ids": 1})
+
+
+def test_golden_answers_are_checked_as_the_converter_does(tmp_path):
+    """Bad: no golden (2), a number (3), <sep> in the query (4). An empty answer is counted: the converter skips it."""
+    records = [golden("1"), {"query_id": "2", "query": "a"}, golden("3", answer=3), golden("4", "a<sep>")]
+    found = check(write_records(tmp_path / "a.json", [*records, golden("5", "What?", " ")]))
+    assert counts(found.findings) == {"bad_records": 3}
+    assert [text.split(":")[0] for text in found.findings["bad_records"]["first"]] == [
+        f"record {i}" for i in (2, 3, 4)
+    ]
+    assert summarize(found) == {"records": 2, "responses": 2, "empty_responses": 1, "without_prompt": 0}
+
+
+def test_identical_responses_are_found_where_one_is_preferred(tmp_path):
+    """Of the group's pairs over the first response, one is of equal texts; 2 and 3 are equal too, but form no pair."""
+    group = {"text": ["p<sep> a", "p<sep> b", "p<sep> b", "p<sep> a"], "scores": [1, 0, 0, 0]}
+    found = check(write_records(tmp_path / "a.json", [pair(), group]))
+    assert counts(found.findings) == {"identical_pairs": 1}
+    assert found.findings["identical_pairs"]["first"] == ["record 2: responses 1 and 4"]
+
+
+def test_first_five_of_many_findings_are_kept(tmp_path):
+    found = check(write_records(tmp_path / "a.json", [pair()] * 8))
+    assert found.findings["duplicates"]["count"] == 7 and len(found.findings["duplicates"]["first"]) == 5
+
+
+def test_ties_and_length_bias_by_hand(tmp_path):
+    """Pairs: longer preferred, shorter preferred, equal length, a tie; a group of 3 pairs, one of them tied, the
+    longer one preferred in the two others. So 5 pairs and 2 ties of 7, one tied item of 5, and the longer response is
+    preferred in 3 of the 4 pairs of different lengths."""
+    texts = [(" long", " a"), (" a", " long"), (" a", " b")]
+    records = [pair(str(i), *responses) for i, responses in enumerate(texts)]
+    records.append({"text": ["p<sep> a", "p<sep> bb"], "scores": [0.5, 0.5]})
+    records.append({"text": ["q<sep> long", "q<sep> a", "q<sep> b"], "scores": [1, 0, 0]})
+    found = check(write_records(tmp_path / "a.json", records))
+    stats = summarize(found)
+    assert counts(found.findings) == {}
+    assert (stats["pairs"], stats["tied_pairs"], stats["tied_items"]) == (5, 2, 1)
+    assert (stats["share_of_tied_pairs"], stats["share_of_tied_items"]) == (2 / 7, 1 / 5)
+    assert stats["longer_preferred"] == {"share": 3 / 4, "interval_95": list(wilson_interval(0.75, 4)), "pairs": 4}
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+@pytest.mark.parametrize(
+    ("side", "expected"),
+    [("left", {"prompts_cut_away": 2, "identical_after_truncation": 1}), ("right", {"identical_after_truncation": 1})],
+)
+def test_truncation_by_hand(tmp_path, side, expected):
+    """To 4 tokens. Record 1 has sequences bos p q sep a x y z eos and ... b x y z eos, of 9: on the left all but
+    x y z eos is cut, which is the same for both and without prompt; on the right all but bos p q sep. Record 2 has
+    bos p sep x eos and ... y eos, of 5, and loses one token."""
+    path = write_records(tmp_path / "a.json", [pair("p q", " a x y z", " b x y z"), pair("p", " x", " y")])
+    found = check_tokens(path, 4, side)
+    assert counts(found.findings) == expected
+    stats = summarize(found)
+    assert stats["truncated_responses"] == 4
+    medians = {name: quantiles["50%"] for name, quantiles in stats["tokens"].items()}
+    assert medians == {"prompt": 1.5, "response": 2.5, "sequence": 7.0}
+    assert (stats["tokens"]["sequence"]["min"], stats["tokens"]["sequence"]["max"]) == (5, 9)
+    if side == "left":
+        assert found.findings["prompts_cut_away"]["first"][0] == "record 1: response 1 (4 tokens)"
+
+
+def test_prompt_of_which_one_token_is_left_is_not_cut_away(tmp_path):
+    """bos p q sep a x eos: 5 of 7 tokens leave q, 4 leave no token of the prompt."""
+    path = write_records(tmp_path / "a.json", [pair("p q", " a x", " b x")])
+    assert counts(check_tokens(path, 5).findings) == {}
+    assert counts(check_tokens(path, 4).findings) == {"prompts_cut_away": 2}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "expected"),
+    [
+        (2, {"needed": 49, "reference": 120, "padded": 70, "tree": 25}),
+        (1, {"needed": 49, "reference": 52, "padded": 52, "tree": 26}),
+    ],
+)
+def test_tokens_run_by_hand(tmp_path, batch_size, expected):
+    """Item 1: a prompt of 8 and responses of 1, 2, 3 tokens: sequences of 12, 13, 14. Item 2: two of 5. Needed 49.
+
+    As one batch: padded 5 rows of 14; reference 2 x 3 rows of 20. The tree holds bos, prompt and sep of item 1 once,
+    10 tokens, then 2 + 3 + 4; of item 2 bos p sep and 2 + 2. In one batch both share their bos: 25, one by one 26.
+    Padded one by one: 3 x 14 + 2 x 5.
+    """
+    group = {"text": [f"a b c d e f g h<sep> {answer}" for answer in ("u", "v v", "w w w")], "scores": [2, 1, 0]}
+    path = write_records(tmp_path / "a.json", [group, pair("p", " x", " y")])
+    assert check_tokens(path, 20, batch_size=batch_size).tokens_run == expected
+
+
+def test_golden_answers_have_lengths_but_are_not_run(tmp_path):
+    stats = summarize(check_tokens(write_records(tmp_path / "a.json", [golden("1")]), 20))
+    assert stats["tokens"]["sequence"]["max"] == 5 and "tokens_run" not in stats
+
+
+@pytest.mark.parametrize("case", read_json(PARITY / "collate.json"), ids=str)
+def test_reference_padding_is_the_recorded_one(tmp_path, case):
+    """The recorded ids have a row for every response, dummies included, as wide as the reference pads."""
+    num_padded = sum(len(row) for item in case["input_ids"] for row in item)
+    config = {name: case["config"][name] for name in ("max_length", "truncation_side", "add_sep_token")}
+    path = write_records(tmp_path / "a.json", case["items"])
+    tokenizer = load_reward_tokenizer(str(CHECKPOINT))
+    found = check_file(FileCheck(str(path), "a", "train"), config, tokenizer, batch_size=len(case["items"]))
+    assert found.tokens_run["reference"] == num_padded
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_counts_are_those_of_training(side):
+    path = SAMPLE / "eval_data" / "hh_cleaned_origin.test.json"
+    settings = {"max_length": 64, "truncation_side": side, "add_sep_token": True}
+    tokenizer = load_reward_tokenizer(str(CHECKPOINT))
+    rows = list(tokenize_records(load_preference_data(path, "comparison_pair"), tokenizer, **settings))
+    found = check_file(FileCheck(str(path), "a", "train"), settings, tokenizer)
+    num_identical = sum(counts(found.findings).get(n, 0) for n in ("identical_pairs", "identical_after_truncation"))
+    expected = {name: sum(row[name] for row in rows) for name in ("num_pairs", "num_truncated", "num_identical")}
+    assert expected["num_truncated"] > 0 and (side == "left" or expected["num_identical"] > 0)
+    assert expected == {
+        "num_pairs": found.counts["pairs"],
+        "num_truncated": found.counts["truncated_responses"],
+        "num_identical": num_identical,
+    }
+    assert found.tokens_run["needed"] == sum(row["num_tokens"] for row in rows)
+
+
+def test_settings_are_those_of_the_checkpoint_unless_given(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "rm")
+    recorded = {"max_length": 128, "truncation_side": "right", "sep_token_id": 4}
+    write_records(
+        tmp_path / "rm" / "config.json", read_json(CHECKPOINT / "config.json") | {"reward_settings": recorded}
+    )
+    flags = {"max_length": None, "truncation_side": "left", "add_sep_token": None}
+    _, settings = load_tokenizer(str(tmp_path / "rm"), flags)
+    assert settings == {"max_length": 128, "truncation_side": "left", "add_sep_token": False}
+
+
+# ------------------------------------------------------------------------------------------------ between files
+
+
+def test_unmatched_ids_by_hand(tmp_path):
+    """Golden 1, 2, 3 in two files, samples 3, 4: without samples are 1 and 2, without a golden answer is 4."""
+    files = {
+        "a": [golden("1", "a"), golden("2", "b")],
+        "b": [golden("3", "c")],
+        "c": [samples("3", "c"), samples(4, "d")],
+    }
+    checks = [check(write_records(tmp_path / name, records)) for name, records in files.items()]
+    findings = compare_ids(checks)
+    assert counts(findings) == {"golden_without_samples": 2, "samples_without_golden": 1}
+    assert findings["golden_without_samples"]["first"] == ['a: record 1: id "1"', 'a: record 2: id "2"']
+    assert findings["samples_without_golden"]["first"] == ['c: record 2: id "4"']
+    assert compare_ids(checks[:2]) == {} and compare_ids(checks[2:]) == {}
+
+
+def test_overlap_by_hand(tmp_path):
+    """Evaluation records 1 and 3 have the prompt of training record 2, but for white space: one prompt. The samples
+    have it too, and stand on the side of training: a finding with the evaluation file only. Texts without a prompt
+    have none to share."""
+    train = [pair("One?"), pair("\n\nHuman: Two?"), {"text": ["a", "b"], "scores": [1, 0]}]
+    evaluation = [pair("\n\nHuman:  Two? "), {"text": ["c", "d"], "scores": [1, 0]}, pair("\n\nHuman: Two?", " x")]
+    checks = [
+        check(write_records(tmp_path / "train.json", train)),
+        check(write_records(tmp_path / "samples.json", [samples("1", "\n\nHuman: Two?")])),
+        check(write_records(tmp_path / "eval.json", evaluation), "eval"),
+    ]
+    rows = compare_prompts(checks)
+    assert [(row["files"], row["of"], row["is_finding"]) for row in rows] == [
+        (["train.json", "samples.json"], [2, 1], False),
+        (["train.json", "eval.json"], [2, 1], True),
+        (["samples.json", "eval.json"], [1, 1], True),
+    ]
+    assert [(row["prompts"], row["first"][0][:8]) for row in rows] == [
+        (1, "record 2"),
+        (1, "record 2"),
+        (1, "record 1"),
+    ]
+    assert rows[1]["first"] == ["record 2 and record 1"]
+    assert make_report(checks, None)["num_findings"] == 2
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+HALF = "\\ud83d"  # of a surrogate pair, which no file can hold
+
+
+def test_half_a_surrogate_pair_is_a_finding(tmp_path):
+    """As a value and as the name of a field."""
+    path = tmp_path / "a.json"
+    path.write_text(f'[{{"text": "{HALF}", "scores": [1, 0]}}, {{"{HALF}": 1}}]')
+    done = run_tool(TOOL, "--train_data_path", path, "--output_dir", tmp_path)
+    assert 'found the string "?"' in done.stdout and "the record has ?" in done.stdout
+    assert read_json(tmp_path / "check_data.json")["num_findings"] == 2
+
+
+FOUND = {
+    "unreadable": [7],
+    "bad_records": [{**pair(), "scores": [1.0]}],
+    "duplicates": [pair(), pair()],
+    "duplicate_ids": [golden("1"), golden("1", "What?")],
+    "identical_pairs": [pair(good=" a", bad=" a")],
+}
+CLEAN = [pair(good=" long"), {"text": ["a<sep> b", "a<sep> c"], "scores": [1, 1]}]  # a tie and a bias are no finding
+
+
+@pytest.mark.parametrize(("name", "records"), [*FOUND.items(), ("", CLEAN)])
+def test_strict_exit_status(tmp_path, name, records):
+    path = write_records(tmp_path / "a.json", records)
+    done = run_tool(TOOL, "--train_data_path", path, "--strict", exit_status=2 if name else 0)
+    assert done.stderr == ""
+    assert f"findings in total: {1 if name else 0}" in done.stdout
+    assert "left out without --model_name_or_path" in done.stdout
+    assert f"FOUND 1 {FINDINGS[name]}" in done.stdout if name else "nothing found" in done.stdout
+    if name == "duplicates":
+        run_tool(TOOL, "--train_data_path", path)
+
+
+def test_strict_counts_what_lies_between_files(tmp_path):
+    train = write_records(tmp_path / "train.json", [golden("1")])
+    evaluation = write_records(tmp_path / "eval.json", [samples("2")])
+    done = run_tool(TOOL, "--train_data_path", train, "--eval_data_path", evaluation, "--strict", exit_status=2)
+    assert "findings in total: 3" in done.stdout  # the prompt, and an id without its other half in each file
+
+
+def test_sample_data_is_clean_under_strict():
+    train = [
+        *(SAMPLE / "rm_data").iterdir(),
+        *(SAMPLE / "llm_data").iterdir(),
+        SAMPLE / "hh_cleaned_origin.train.json",
+    ]
+    evaluation = (SAMPLE / "eval_data").iterdir()
+    done = run_tool(TOOL, "--train_data_path", *train, "--eval_data_path", *evaluation, "--strict")
+    assert "findings in total: 0" in done.stdout and "FOUND" not in done.stdout
+
+
+@pytest.mark.slow
+def test_report_and_figure_are_written_and_a_broken_file_does_not_stop_the_others(tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text("[{", encoding="utf-8")
+    path = SAMPLE / "rm_data" / "hh_split_rm.train.json"
+    tokenizer = ("--model_name_or_path", CHECKPOINT, "--max_length", 256, "--add_sep_token", "True")
+    output_dir = ("--output_dir", tmp_path / "out")
+    done = run_tool(TOOL, "--train_data_path", broken, path, *tokenizer, *output_dir, "--strict", exit_status=2)
+    report = read_json(tmp_path / "out" / "check_data.json")
+    assert report["settings"]["max_length"] == 256 and report["settings"]["add_sep_token"] is True
+    assert report["num_findings"] == 1
+    first, second = report["files"]
+    assert counts(first["findings"]) == {"unreadable": 1} and first["statistics"]["records"] == 0
+    assert counts(second["findings"]) == {} and second["statistics"]["records"] == 440
+    ratios = second["statistics"]["tokens_run_per_needed"]
+    assert ratios["tree"] < 1 < ratios["padded"] < ratios["reference"]
+    assert "padded as in the reference" in done.stdout
+    assert (tmp_path / "out" / "check_data.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "nothing to check"),
+        (["--eval_data_path", "none.json"], "none.json: no such file"),
+        (["--eval_data_path", __file__, "--max_length", 7], "--max_length 7: expected at least 8"),
+        (["--eval_data_path", __file__, "--batch_size", 0], "--batch_size 0: expected at least 1"),
+        (["--eval_data_path", __file__, "--output_dir", __file__], f"--output_dir {__file__}: cannot be made"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(words, message):
+    done = run_tool(TOOL, *words, exit_status=2)
+    assert done.stderr.startswith("error: ") and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
