@@ -4,22 +4,23 @@ Flags keep the spelling of the reference; those of `transformers.TrainingArgumen
 None follow the checkpoint (`models.RewardSettings`), and the reference's default where it records nothing.
 """
 
+import argparse
 import difflib
 import json
 import logging
 import os
-import socket
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import torch
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import strtobool
 
-from apo.cli import InputError
+from apo.cli import InputError, OneLineParser
 
 logger = logging.getLogger(__name__)
 
@@ -184,19 +185,6 @@ class RewardTrainingArguments(TrainingArguments):
             raise InputError(
                 "ACCELERATE_USE_CPU is set and would drop the DeepSpeed config silently; unset it, add --use_cpu true"
             )
-        # A plain `python` start is a run of one process; a free port lets several run side by side.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            free_port = str(probe.getsockname()[1])
-        single = {
-            "RANK": "0",
-            "LOCAL_RANK": "0",
-            "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free_port,
-        }
-        for name, value in single.items():
-            os.environ.setdefault(name, value)
 
 
 def check_deepspeed_config(path: str) -> None:
@@ -219,35 +207,82 @@ def check_deepspeed_config(path: str) -> None:
         )
 
 
-class _OneLineParser(HfArgumentParser):
-    """Says what is wrong with the command line in one line instead of a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see --help")
+GROUPS = (ModelArguments, DataArguments, RewardTrainingArguments)
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[ModelArguments, DataArguments, RewardTrainingArguments]:
-    """Parses the command line.
+class _FlagParser(OneLineParser, HfArgumentParser):
+    """`HfArgumentParser` with the errors of `OneLineParser`."""
+
+
+def read_run_file(path: str) -> list[str]:
+    """Returns the settings of a YAML run file as the words of a command line.
+
+    `{"max_length": 512, "eval_data_path": ["a.json", "b.json"], "seed": null}` is `--max_length 512 --eval_data_path
+    a.json b.json`.
 
     Raises:
-        InputError: an unknown flag (with a suggestion), a wrong value, or flags that contradict each other.
+        InputError: no such file, no YAML, no mapping of names to values, or a name that occurs twice.
     """
-    parser = _OneLineParser((ModelArguments, DataArguments, RewardTrainingArguments), allow_abbrev=False)
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        settings, node = yaml.safe_load(text), yaml.compose(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: {' '.join(str(error).split())}; expected a YAML file of flags") from error
+    if not isinstance(settings, dict):
+        raise InputError(f'--config {path}: expected a mapping of flags, such as "max_length: 512"')
+    names = [key.value for key, _ in node.value]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"--config {path}: found {twice} twice, expected every flag once")
+    words = []
+    for name, value in settings.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+            words += [f"--{name}", *map(str, values)]
+    return words
+
+
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parses the command line, by default that of this process; flags win over those of a `--config` file.
+
+    Raises:
+        InputError: an unknown flag (with a suggestion), or a value of the wrong type.
+    """
+    parser = _FlagParser(dataclass_types=GROUPS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--config", help="YAML file of flags, without their dashes; flags given here win over it.")
     for name in UNUSED_FLAGS:
         parser.add_argument(f"--{name}", nargs="*", help="Accepted because the reference has it; no effect.")
+    finder = OneLineParser(add_help=False)
+    finder.add_argument("--config")
     argv = sys.argv[1:] if argv is None else argv
-    _, unknown = parser.parse_known_args(argv)
+    config = finder.parse_known_args(argv)[0].config
+    namespace, unknown = parser.parse_known_args((read_run_file(config) if config else []) + argv)
     if unknown:
         raise InputError(_unknown_flag(unknown[0], list(parser._option_string_actions)))
+    for name in UNUSED_FLAGS:
+        if getattr(namespace, name) is not None:
+            logger.warning("--%s has no effect; it is accepted because the reference has it", name)
+    return namespace
+
+
+def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArguments, RewardTrainingArguments]:
+    """Builds the three groups of arguments; under DeepSpeed, and under torchrun, joins the other processes.
+
+    Args:
+        flags: of `parse_flags`.
+
+    Raises:
+        InputError: flags that contradict each other or the machine.
+    """
     try:
-        model_args, data_args, args, unused = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        model_args, data_args, args = (
+            group(**{field.name: getattr(flags, field.name) for field in fields(group) if field.init})
+            for group in GROUPS
+        )
     except InputError:
         raise
     except (ValueError, ImportError, TypeError) as error:  # transformers checks its own flags
         raise InputError(" ".join(str(error).split())) from error
-    for name, value in vars(unused).items():
-        if value is not None:
-            logger.warning("--%s has no effect; it is accepted because the reference has it", name)
     _check_task(data_args, args)
     return model_args, data_args, args
 

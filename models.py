@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, LlamaConfig, LlamaModel, LlamaPreTrainedModel, set_seed
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, rotate_half
 from transformers.utils import ModelOutput
 
 from apo.cli import InputError
 from apo.tokenizer import RewardTokenizer
-from apo.tree import Attend, prepare_attention, prepare_pooled_attention, tree_attention
+from apo.tree import prepare_attention
 
 logger = logging.getLogger(__name__)
 
@@ -108,65 +107,13 @@ def pool_rewards(token_rewards: Tensor, attention_mask: Tensor, pooling_type: st
         return (token_rewards * mask).sum(-1) / mask.sum(-1)
     if pooling_type == "max":
         return token_rewards.masked_fill(~mask, -torch.inf).max(-1).values
-    return token_rewards.gather(1, pooled_positions(attention_mask, pooling_type)[:, None]).squeeze(1)
-
-
-def pooled_positions(attention_mask: Tensor, pooling_type: str) -> Tensor:
-    """The index (N,) of the token that `eos` or `last` pooling reads in each row of `attention_mask` (N, T)."""
-    mask = attention_mask.bool()
     positions = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    first, last = (positions.masked_fill(~mask, mask.shape[1]).min(-1), positions.masked_fill(~mask, -1).max(-1))
-    return last.values if pooling_type == "eos" else torch.maximum(last.values - 1, first.values)
+    first, last = positions.masked_fill(~mask, mask.shape[1]).min(-1), positions.masked_fill(~mask, -1).max(-1)
+    index = last.values if pooling_type == "eos" else torch.maximum(last.values - 1, first.values)
+    return token_rewards.gather(1, index[:, None]).squeeze(1)
 
 
-class LastDecoderLayer(LlamaDecoderLayer):
-    """A last layer that can leave out what nobody reads.
-
-    When one token of a sequence is pooled, the last layer needs only keys and values of the others: not their
-    queries, not their MLP. It saves most of one layer in all L, and is exact.
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        *,
-        position_embeddings: tuple[Tensor, Tensor],
-        pooled_rows: Tensor | None = None,
-        attend_pooled: Attend | None = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        """Runs the layer on all tokens, or to the end on the pooled ones only.
-
-        Args:
-            hidden_states: (1, S, D) of a tree; (N, T, D) of padded sequences, which run in full.
-            position_embeddings: cosine and sine, (1, S, head size) each.
-            pooled_rows: (N,), the rows of the tree to run; all if absent.
-            attend_pooled: of `tree_batching.prepare_pooled_attention`, for the same rows.
-            kwargs: what transformers passes to every layer.
-
-        Returns:
-            (1, N, D) of the pooled rows, or the shape of `hidden_states`.
-        """
-        if pooled_rows is None:
-            return super().forward(hidden_states, position_embeddings=position_embeddings, **kwargs)
-        attention, normed = self.self_attn, self.input_layernorm(hidden_states)
-        cos, sin = (x[:, None] for x in position_embeddings)  # (1, 1, S, head size)
-
-        def split_heads(states: Tensor) -> Tensor:
-            return states.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (1, heads, tokens, head size)
-
-        query = split_heads(attention.q_proj(normed[:, pooled_rows]))
-        key, value = split_heads(attention.k_proj(normed)), split_heads(attention.v_proj(normed))
-        query = query * cos[:, :, pooled_rows] + rotate_half(query) * sin[:, :, pooled_rows]
-        key = key * cos + rotate_half(key) * sin
-        output, _ = tree_attention(
-            attention, query, key, value, None, attend=attend_pooled, scaling=attention.scaling
-        )  # (1, N, H, head size)
-        hidden_states = hidden_states[:, pooled_rows] + attention.o_proj(output.flatten(-2))
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
-
-
-class LlamaRewardModel(LlamaPreTrainedModel):
+class RewardModel(LlamaPreTrainedModel):
     """LLaMA with a linear head of one output and no bias: keys `model.*`, `reward_head.weight`, and, only with
     `with_lm_head`, `lm_head.weight`; otherwise an LM head in the checkpoint is read over and dropped."""
 
@@ -175,7 +122,6 @@ class LlamaRewardModel(LlamaPreTrainedModel):
     def __init__(self, config: LlamaConfig, with_lm_head: bool = False) -> None:
         super().__init__(config)
         self.model = LlamaModel(config)
-        self.model.layers[-1] = LastDecoderLayer(config, config.num_hidden_layers - 1)
         self.reward_head = nn.Linear(config.hidden_size, 1, bias=False)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if with_lm_head else None
         if with_lm_head:
@@ -200,15 +146,12 @@ class LlamaRewardModel(LlamaPreTrainedModel):
             input_ids: (N, T) token ids, padded on either side; with a tree, (1, S).
             attention_mask: (N, T), 1 = token of the sequence.
             lm_mask: (N,) bool, the sequences whose LM loss to compute; needs the LM head.
-            tree: the other tensors of `tree_batching.build_token_tree`; needs one of its attentions.
+            tree: the other tensors of `apo.tree.build_token_tree`; needs one of its attentions.
 
         Returns:
             `RewardModelOutput`. Padding, its side and the tree change no reward: positions count from the first token
             of each sequence.
         """
-        pooling_type = self.settings.pooling_type
-        if tree is not None and lm_mask is None and pooling_type in ("last", "eos"):
-            return RewardModelOutput(rewards=self._score_pooled_tokens(input_ids, attention_mask, tree, pooling_type))
         if tree is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
             hidden = self.model(
@@ -222,7 +165,7 @@ class LlamaRewardModel(LlamaPreTrainedModel):
         token_rewards = self.reward_head(hidden).squeeze(-1).float()
         if tree is not None:
             token_rewards = token_rewards[0, tree["paths"]]
-        rewards = pool_rewards(token_rewards, attention_mask, pooling_type)  # (N, T) -> (N,)
+        rewards = pool_rewards(token_rewards, attention_mask, self.settings.pooling_type)  # (N, T) -> (N,)
         if lm_mask is None:
             return RewardModelOutput(rewards=rewards)
         if tree is not None:
@@ -233,21 +176,6 @@ class LlamaRewardModel(LlamaPreTrainedModel):
         return RewardModelOutput(
             rewards=rewards, lm_losses=torch.zeros_like(rewards).masked_scatter(lm_mask, lm_losses)
         )
-
-    def _score_pooled_tokens(
-        self, input_ids: Tensor, attention_mask: Tensor, tree: dict[str, Tensor], pooling_type: str
-    ) -> Tensor:
-        """Rewards (N,) of a tree; the last layer runs on the pooled tokens only."""
-        positions = pooled_positions(attention_mask, pooling_type)
-        hidden = self.model(
-            input_ids=input_ids,
-            position_ids=tree["position_ids"],
-            use_cache=False,
-            attend=prepare_attention(tree, self.config._attn_implementation),
-            attend_pooled=prepare_pooled_attention(tree, positions),
-            pooled_rows=tree["paths"].gather(1, positions[:, None]).squeeze(1),
-        ).last_hidden_state  # (1, N, D)
-        return self.reward_head(hidden)[0, :, 0].float()
 
     def _lm_losses(self, hidden: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Mean next-token cross entropy over the unmasked targets of each sequence, (N,).
@@ -293,11 +221,11 @@ def load_reward_model(
     with_lm_head: bool = False,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
-) -> tuple[LlamaRewardModel, bool]:
+) -> tuple[RewardModel, bool]:
     """Loads a pretrained LLaMA, or a reward model, and says where its reward head came from.
 
     An existing head is never initialised again, a missing one after seeding with `seed`. `attention` is that of
-    `tree_batching.choose_attention`; trees need another than padded batches.
+    `apo.tree.choose_attention`; trees need another than padded batches.
 
     Returns:
         The model and whether its reward head was loaded (False: freshly initialised).
@@ -309,7 +237,7 @@ def load_reward_model(
     config.pad_token_id = None  # set below: an added pad token lies beyond the table that is loaded
     config.reward_settings = asdict(settings)
     try:
-        model, info = LlamaRewardModel.from_pretrained(
+        model, info = RewardModel.from_pretrained(
             path,
             config=config,
             dtype=dtype,

@@ -15,14 +15,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from apo.cli import InputError, exit_on_input_error, sha256_of_file, write_json
-from apo.launch import leave, prepare_deepspeed, setup_logging
+from apo.launch import end_distributed, prepare_deepspeed, set_ranks_of_one_process, setup_logging
 from reward_datasets import RewardDataCollator, load_preference_dataset, name_datasets
 
 if TYPE_CHECKING:
     import datasets
 
     from apo.tokenizer import RewardTokenizer
-    from arguments import RewardTrainingArguments
     from trainer import RewardModelTrainer
 
 logger = logging.getLogger("train")
@@ -45,30 +44,6 @@ def merge_training_data(parts: list[datasets.Dataset], paths: list[str]) -> data
                 "expected at least one preferred response"
             )
     return datasets.concatenate_datasets(parts)
-
-
-def complete_best_metric(args: RewardTrainingArguments, eval_names: list[str]) -> None:
-    """Lets `--metric_for_best_model accuracy` mean the first evaluation set.
-
-    Raises:
-        InputError: the metric belongs to no evaluation set.
-    """
-    if args.metric_for_best_model is None or not args.do_train:
-        return
-    metrics = ["loss", "accuracy", "margin", "mean_reward", "Preference Acc", "Avg Score"]
-    if args.rm_calibration:
-        errors = ("ECE", "ACE", "MCE")
-        metrics += [f"calibration_{error}_bin{bins}" for error in errors for bins in args.calibration_bins]
-    known = [f"{name}_{metric}" for name in eval_names for metric in metrics]
-    given = args.metric_for_best_model
-    short = given.removeprefix("eval_")  # a file may be called eval_*, so the prefix may belong to its name
-    for metric in (given, short, *(f"{name}_{short}" for name in eval_names[:1])):
-        if metric in known:
-            args.metric_for_best_model = f"eval_{metric}"
-            if "_calibration_" in metric:
-                args.greater_is_better = False  # errors; transformers knows it of a loss only
-            return
-    raise InputError(f"--metric_for_best_model {given}: expected one of {', '.join(known)}")
 
 
 def log_example(dataset: datasets.Dataset, tokenizer: RewardTokenizer) -> None:
@@ -105,9 +80,12 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
 def main() -> None:
     """Parse -> data -> model -> trainer -> train, evaluate, score -> save."""
     setup_logging()
-    from arguments import parse_args
+    from arguments import build_arguments, parse_flags
 
-    model_args, data_args, args = parse_args()
+    flags = parse_flags()
+    if flags.deepspeed:
+        set_ranks_of_one_process()
+    model_args, data_args, args = build_arguments(flags)
 
     # The rest of the heavy imports, once the command line is known to be right.
     import torch
@@ -155,7 +133,6 @@ def main() -> None:
         log_example(train_set, tokenizer)
     data_paths = name_datasets(data_args.eval_data_path)
     eval_sets = {name: load(path) for name, path in data_paths.items()}
-    complete_best_metric(args, list(eval_sets))
     if args.task_type == "inference":
         score_paths = name_score_files(args.output_dir, list(eval_sets), data_args.data_suffix)
         if data_args.data_type == "reject_sample":
@@ -227,8 +204,8 @@ def main() -> None:
             plot_training_curves(args.output_dir, trainer.state.log_history)
             write_model_card(args.output_dir, model_args.model_name_or_path, asdict(settings), results)
     trainer.end()
+    end_distributed()
 
 
 if __name__ == "__main__":
     main()
-    leave()

@@ -63,22 +63,6 @@ def ranking_loss(rewards: Tensor, scores: Tensor, weights: Tensor | None = None,
     return losses.sum() / pairs.sum().clamp(min=1)
 
 
-def apo_terms(
-    rewards: Tensor,
-    scores: Tensor,
-    apo_mask: Tensor,
-    *,
-    rm_kl_coeff: float,
-    apo_loss_coeff: float,
-    apo_sample_num: int,
-    apo_loss_type: str,
-) -> tuple[Tensor, Tensor]:
-    """The two weighted terms of `apo_loss`: (human pairs, golden-over-sampled pairs)."""
-    human = ranking_loss(rewards, scores, 1.0 - apo_mask)
-    golden = ranking_loss(rewards, scores, apo_mask, apo_loss_type)
-    return rm_kl_coeff * human, apo_loss_coeff / apo_sample_num * golden
-
-
 def apo_loss(
     rewards: Tensor,
     scores: Tensor,
@@ -88,11 +72,11 @@ def apo_loss(
     apo_loss_coeff: float,
     apo_sample_num: int,
     apo_loss_type: str,
-) -> Tensor:
-    """Loss of the reward model's step in the game (Eq. 17, arXiv:2311.08045).
+) -> tuple[Tensor, Tensor]:
+    """The two weighted terms of the reward model's loss in the game (Eq. 17, arXiv:2311.08045); their sum is the loss.
 
     Departs from the paper as the reference does: the golden-over-sampled term carries the coefficient, divided by the
-    number of samples per golden response, and the term on human pairs stands for the KL constraint.
+    number of sampled responses per golden response, and the term on human pairs takes the place of the KL constraint.
 
     Args:
         rewards: (B, R).
@@ -104,18 +88,12 @@ def apo_loss(
         apo_loss_type: `ranking` or `diff`, see `ranking_loss`.
 
     Returns:
-        Scalar: each term is a sum over its pairs, divided by the number of pairs of both kinds in the batch.
+        (human term, golden term), scalars: each is a sum over its pairs, divided by the number of pairs of both kinds
+        in the batch.
     """
-    human, golden = apo_terms(
-        rewards,
-        scores,
-        apo_mask,
-        rm_kl_coeff=rm_kl_coeff,
-        apo_loss_coeff=apo_loss_coeff,
-        apo_sample_num=apo_sample_num,
-        apo_loss_type=apo_loss_type,
-    )
-    return human + golden
+    human = ranking_loss(rewards, scores, 1.0 - apo_mask)
+    golden = ranking_loss(rewards, scores, apo_mask, apo_loss_type)
+    return rm_kl_coeff * human, apo_loss_coeff / apo_sample_num * golden
 
 
 # ------------------------------------------------------------------------------------------------ metrics
@@ -204,7 +182,7 @@ def in_file_order(
 
 
 class RewardModelTrainer(Trainer):
-    """Trains a `LlamaRewardModel` on batches of `RewardDataCollator`.
+    """Trains a `RewardModel` on batches of `RewardDataCollator`.
 
     Evaluation gathers the rewards of all pairs and computes metrics and loss from them at once, so that they depend
     neither on the batch size nor on the number of processes.
@@ -225,7 +203,7 @@ class RewardModelTrainer(Trainer):
             return {"ranking_term": ranking_loss(rewards, scores)}
         names = ("rm_kl_coeff", "apo_loss_coeff", "apo_sample_num", "apo_loss_type")
         coefficients = {name: getattr(self.args, name) for name in names}
-        human, golden = apo_terms(rewards, scores, apo_mask, **coefficients)
+        human, golden = apo_loss(rewards, scores, apo_mask, **coefficients)
         return {"ranking_term": human, "apo_term": golden}
 
     def _lm_mask(self, scores: Tensor) -> Tensor | None:

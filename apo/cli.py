@@ -44,7 +44,8 @@ class OneLineParser(argparse.ArgumentParser):
     """A tool's command line: flags in full only, and what is wrong in one line instead of a page of usage."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(**defaults | options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")

@@ -1,10 +1,10 @@
-"""What a process does before it begins and when it ends: logging, DeepSpeed's build tool and backend, the way out."""
+"""Start and end of a process: logging, ranks, DeepSpeed, the process group."""
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
+import socket
 import sys
 import warnings
 
@@ -19,9 +19,23 @@ def setup_logging() -> None:
     logging.captureWarnings(True)
 
 
+def set_ranks_of_one_process() -> None:
+    """Gives DeepSpeed the ranks that a launcher sets: a plain `python` start is a run of one process.
+
+    The port is a free one, so that several runs fit on one machine.
+    """
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    os.environ["MASTER_PORT"] = str(port)
+
+
 def prepare_deepspeed(device_type: str) -> None:
-    """Makes DeepSpeed find its build tool, and start over gloo where there is no accelerator."""
-    # Another `ninja` further on the path would compile everything anew, and an environment need not be activated.
+    """Makes DeepSpeed find its build tool, and use gloo where there is no accelerator."""
+    # Another `ninja` earlier on the path would compile everything anew, and an environment need not be activated.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     if device_type == "cpu":
         import deepspeed
@@ -29,14 +43,9 @@ def prepare_deepspeed(device_type: str) -> None:
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
-def leave() -> None:
-    """Ends one process of several without taking the interpreter apart.
+def end_distributed() -> None:
+    """Closes the connections to the other processes, if there are any."""
+    from torch import distributed
 
-    A finished ZeRO-3 run was once seen to abort in its shutdown, and torchrun called it failed. Not reproduced; gloo's
-    threads, which outlive their process groups, are the only foreign ones at that point, and a known hazard there.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

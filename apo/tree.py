@@ -158,29 +158,6 @@ def _take(states: Tensor, index: Tensor) -> Tensor:
     return states[0].transpose(0, 1).index_select(0, index)
 
 
-def prepare_pooled_attention(tree: dict[str, Tensor], positions: Tensor) -> Attend:
-    """Makes the attention of one token of each sequence, whatever the device, for a last layer that runs only these.
-
-    Args:
-        tree: of `build_token_tree`.
-        positions: (N,), where in its sequence the token stands.
-
-    Returns:
-        A function of query (1, H, N, head size), key, value (1, H, S, head size) and the scaling; it returns the
-        attention of the queries.
-    """
-    paths = tree["paths"]
-    mask = (torch.arange(paths.shape[1], device=paths.device) <= positions[:, None])[:, None, None]  # (N, 1, 1, T)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        key, value = (_take(states, paths.flatten()).unflatten(0, paths.shape) for states in (key, value))
-        key, value = key.transpose(1, 2), value.transpose(1, 2)  # (N, H, T, head size)
-        query = query[0].transpose(0, 1)[:, :, None]  # (N, H, 1, head size)
-        return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)[:, :, 0].transpose(0, 1)[None]
-
-    return attend
-
-
 @dataclass(frozen=True)
 class Branch:
     """A sequence of `length` tokens, new in the row from position `start`, queried from `first`, 0 or `start`."""

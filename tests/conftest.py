@@ -38,7 +38,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 import train
 from apo.tokenizer import RewardTokenizer, load_reward_tokenizer
-from models import LlamaRewardModel, RewardModelOutput, load_config, load_reward_model
+from models import RewardModel, RewardModelOutput, load_config, load_reward_model
 from models import resolve_settings as resolve
 from reward_datasets import RewardDataCollator
 
@@ -99,6 +99,11 @@ def bpe_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def copy_checkpoint(folder: Path) -> Path:
+    shutil.copytree(CHECKPOINT, folder, dirs_exist_ok=True)
+    return folder
+
+
 def make_bpe_tokenizer(special_tokens: list[str], **roles: str) -> PreTrainedTokenizerFast:
     """A byte-level tokenizer of 300 tokens, the special ones first."""
     tokenizer = Tokenizer(models.BPE())
@@ -117,7 +122,7 @@ def load_model(
     with_lm_head: bool = False,
     attention: str = "sdpa",
     **flags: object,
-) -> tuple[LlamaRewardModel, RewardTokenizer]:
+) -> tuple[RewardModel, RewardTokenizer]:
     """Loads model and tokenizer as `train.py` does; `flags` are the settings that scoring must repeat."""
     config = load_config(str(path))
     settings = resolve(config, **flags)
@@ -130,14 +135,14 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def forward(model: LlamaRewardModel, batch: dict, **inputs: torch.Tensor) -> RewardModelOutput:
+def forward(model: RewardModel, batch: dict, **inputs: torch.Tensor) -> RewardModelOutput:
     """Runs the model on what the collator made."""
     return model(**{name: batch[name] for name in ("input_ids", "attention_mask", "tree") if name in batch}, **inputs)
 
 
 @torch.no_grad()
 def rewards_of(
-    model: LlamaRewardModel, sequences: Iterable[list[int]], pad_token_id: int, padding_side: str = "right"
+    model: RewardModel, sequences: Iterable[list[int]], pad_token_id: int, padding_side: str = "right"
 ) -> torch.Tensor:
     """Rewards (N,) of token sequences that are scored as one batch."""
     sequences = list(sequences)

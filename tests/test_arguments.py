@@ -8,7 +8,7 @@ import torch
 from conftest import CHECKPOINT, E2E, command_line
 
 from apo.cli import InputError
-from arguments import RENAMED_FLAGS, UNUSED_FLAGS, parse_args
+from arguments import RENAMED_FLAGS, UNUSED_FLAGS, build_arguments, parse_flags
 
 NEEDED = {"model_name_or_path": CHECKPOINT, "eval_data_path": E2E / "eval_a.json", "use_cpu": True}
 REFERENCE_COMMAND = f"""--task_type hh_split --do_train True --eval_at_start False --model_type reward
@@ -31,11 +31,11 @@ def own_environment(monkeypatch, tmp_path):
 
 
 def parse(*parts, **flags):
-    return parse_args(command_line(*parts, **flags))
+    return build_arguments(parse_flags(command_line(*parts, **flags)))
 
 
 def test_reference_command_line_parses_word_for_word():
-    model_args, data_args, args = parse_args(REFERENCE_COMMAND.split())
+    model_args, data_args, args = build_arguments(parse_flags(REFERENCE_COMMAND.split()))
     assert data_args.eval_data_path == ["B.json", "C.json"]
     assert (model_args.max_length, model_args.pooling_type, model_args.add_sep_token) == (512, "last", True)
     assert (args.task_type, args.learning_rate, args.warmup_steps, args.weight_decay) == ("hh_split", 1e-6, 100, 0)
@@ -47,7 +47,7 @@ def test_reference_command_line_parses_word_for_word():
 def test_other_reward_models_of_the_reference_parse(task_type, more):
     command = REFERENCE_COMMAND.replace("--task_type hh_split", f"--task_type {task_type}")
     command = command.replace("A.json", "A.json A_text_scores.json") + " " + more
-    _, data_args, args = parse_args(command.split())
+    _, data_args, args = build_arguments(parse_flags(command.split()))
     assert data_args.train_data_path == ["A.json", "A_text_scores.json"]
     assert (args.task_type, args.apo_sample_num) == (task_type, 4 if more else 1)
 
@@ -238,3 +238,54 @@ def test_one_process_that_sees_several_gpus_is_refused(monkeypatch):
     monkeypatch.setattr("arguments.RewardTrainingArguments.n_gpu", 2)
     with pytest.raises(InputError, match="sees 2 GPUs; launch one a GPU with torchrun --nproc_per_node=2"):
         parse(**NEEDED)
+
+
+# ------------------------------------------------------------------------------------------------ run files
+
+
+def write_run(tmp_path, text):
+    (tmp_path / "run.yaml").write_text(text)
+    return tmp_path / "run.yaml"
+
+
+def test_run_file_holds_flags_and_given_flags_win_over_it(tmp_path):
+    """Lists are several values, null is a flag that is not given, a mapping is the JSON that transformers takes."""
+    path = write_run(
+        tmp_path,
+        f"""
+model_name_or_path: {CHECKPOINT}
+eval_data_path: [a.json, b.json]
+add_sep_token: true
+max_length: 512
+learning_rate: 1e-6
+tokenizer_path: null
+lr_scheduler_kwargs: {{num_cycles: 2}}
+use_cpu: true
+""",
+    )
+    model_args, data_args, args = parse(config=path, max_length=64, eval_data_path="c.json")
+    assert (model_args.max_length, data_args.eval_data_path) == (64, ["c.json"])
+    assert (model_args.add_sep_token, model_args.tokenizer_path) == (True, None)
+    assert (args.learning_rate, args.lr_scheduler_kwargs) == (1e-6, {"num_cycles": 2})
+    assert parse(f"--config={path}", max_length=64)[1].eval_data_path == ["a.json", "b.json"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("pooling_tpye: last", "unknown flag --pooling_tpye; did you mean --pooling_type"),
+        ("max_length: many", "--max_length.*many"),
+        ("max_length: 8\nmax_length: 9", "run.yaml: found max_length twice"),
+        ("- max_length", "run.yaml: expected a mapping of flags"),
+        ("max_length: [8", "run.yaml: .*expected a YAML file of flags"),
+    ],
+)
+def test_wrong_run_file_is_refused_in_one_line(tmp_path, text, message):
+    with pytest.raises(InputError, match=message) as error:
+        parse(config=write_run(tmp_path, text), **NEEDED)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_run_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"--config nowhere.yaml: .*No such file"):
+        parse(config="nowhere.yaml", **NEEDED)

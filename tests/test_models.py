@@ -2,25 +2,23 @@
 
 import logging
 import math
-import shutil
 
 import pytest
 import torch
-from conftest import CHECKPOINT, load_model, make_bpe_tokenizer, read_json, rewards_of
+from conftest import CHECKPOINT, copy_checkpoint, load_model, make_bpe_tokenizer, read_json, rewards_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from apo.cli import InputError
-from apo.tokenizer import load_reward_tokenizer
-from models import POOLING_TYPES, LlamaRewardModel, load_config, load_reward_model, pool_rewards, resolve_settings
+from models import POOLING_TYPES, RewardModel, load_config, load_reward_model, pool_rewards, resolve_settings
 
 SEQUENCES = st.lists(st.lists(st.integers(5, 1023), min_size=2, max_size=20), min_size=1, max_size=5)
 
 
 @pytest.fixture(scope="module", params=POOLING_TYPES)
-def model(request) -> LlamaRewardModel:
+def model(request) -> RewardModel:
     return load_model(pooling_type=request.param)[0]
 
 
@@ -197,11 +195,6 @@ def test_checkpoint_of_the_reference_takes_its_defaults():
     assert settled.add_sep_token is False
 
 
-def copy_checkpoint(folder):
-    shutil.copytree(CHECKPOINT, folder, dirs_exist_ok=True)
-    return folder
-
-
 def test_model_folder_without_config_is_refused(tmp_path):
     (copy_checkpoint(tmp_path) / "config.json").unlink()
     with pytest.raises(InputError, match=f"{tmp_path}: the model folder has no config.json"):
@@ -246,79 +239,6 @@ def test_unreadable_weights_are_refused(tmp_path, damage):
     assert "\n" not in str(error.value)
 
 
-# ------------------------------------------------------------------------------------------------ tokenizer
-
-
-def test_sentencepiece_checkpoint_takes_two_byte_pieces_for_its_roles():
-    tokenizer = load_reward_tokenizer(str(CHECKPOINT))
-    assert (tokenizer.pad_token_id, tokenizer.sep_token_id) == (3, 4)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
-
-
-def test_sentencepiece_keeps_the_dummy_prefix_that_transformers_drops():
-    """' Here' begins with the dummy prefix and a space: two of them."""
-    ours = load_reward_tokenizer(str(CHECKPOINT))
-    theirs = load_reward_tokenizer(str(CHECKPOINT), backend="transformers")
-    pieces = [ours._sentencepiece.id_to_piece(i) for i in ours.encode([" Here"])[0]]
-    assert "".join(pieces) == "▁▁Here"
-    assert ours.encode([" Here"]) != theirs.encode([" Here"])
-    assert ours.encode(["Here"]) == theirs.encode(["Here"])
-
-
-@given(st.text())
-@settings(max_examples=60, deadline=None)
-def test_no_text_holds_the_id_of_a_role(text):
-    tokenizer = _sentencepiece_tokenizer()
-    [ids] = tokenizer.encode([f"\x00{text}\x01 and \x00\x01 more"])
-    assert not {tokenizer.pad_token_id, tokenizer.sep_token_id} & set(ids)
-    assert ids
-
-
-_CACHE = {}
-
-
-def _sentencepiece_tokenizer():
-    return _CACHE.setdefault("tokenizer", load_reward_tokenizer(str(CHECKPOINT)))
-
-
-def save_bpe(folder, special_tokens, chat_template=None, **roles):
-    tokenizer = make_bpe_tokenizer(special_tokens, **roles)
-    tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(folder)
-    LlamaConfig(vocab_size=300).save_pretrained(folder)
-    return load_reward_tokenizer(str(folder))
-
-
-BOS_EOS = ["<|bos|>", "<|eos|>"]
-
-
-@pytest.mark.parametrize(
-    "special_tokens, roles, template, expected",
-    [
-        (["<|pad|>", "<|x|>"], {"pad_token": "<|pad|>"}, None, ("<|pad|>", "<|x|>")),
-        (["<|x|>", "<|pad|>", "<|y|>"], {"pad_token": "<|pad|>"}, None, ("<|pad|>", "<|x|>")),
-        (["<|x|>", "<|y|>"], {"pad_token": "<|eos|>"}, None, ("<|x|>", "<|y|>")),
-        (["<|unk|>", "<|x|>", "<|y|>"], {"unk_token": "<|unk|>", "pad_token": "<|unk|>"}, None, ("<|x|>", "<|y|>")),
-        (["<|user|>", "<|x|>", "<|y|>"], {}, "{{ '<|user|>' }}", ("<|x|>", "<|y|>")),
-        (["<|user|>", "<|x|>"], {}, "{{ '<|user|>' }}", ("<|x|>", "<|reward_sep|>")),
-        (["<|pad|>"], {"pad_token": "<|pad|>"}, None, ("<|pad|>", "<|reward_sep|>")),
-        ([], {}, None, ("<|reward_pad|>", "<|reward_sep|>")),
-    ],
-    ids=["own pad", "own pad behind", "pad is eos", "pad is unk", "template", "one spare", "only pad", "none"],
-)
-def test_roles_of_other_tokenizers_follow_the_stated_rule(tmp_path, special_tokens, roles, template, expected):
-    """Own pad token unless it is bos, eos or unk; then special tokens that nothing uses; then new ones."""
-    extra = {"extra_special_tokens": [token for token in special_tokens if token not in roles.values()]}
-    tokenizer = save_bpe(tmp_path, [*BOS_EOS, *special_tokens], template, **roles, **extra)
-    ids = [tokenizer.pad_token_id, tokenizer.sep_token_id]
-    assert tuple(tokenizer.hf_tokenizer.convert_ids_to_tokens(ids)) == expected
-    assert not set(ids) & {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.hf_tokenizer.unk_token_id}
-    tokens = " and ".join(expected)
-    [encoded] = tokenizer.encode([f"text with {tokens} in it"])
-    assert not set(ids) & set(encoded)
-    assert tokenizer.decode(encoded).startswith("text with") and tokenizer.decode(encoded).endswith("in it")
-
-
 def test_added_roles_grow_the_embedding_and_are_recorded(bpe_llama, tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="models"):
         model, tokenizer = load_model(bpe_llama, add_sep_token=True)
@@ -340,30 +260,6 @@ def test_added_roles_grow_the_embedding_and_are_recorded(bpe_llama, tmp_path, ca
 def test_added_rows_are_reproduced_by_the_seed(bpe_llama):
     rows = [load_model(bpe_llama, seed=seed)[0].model.embed_tokens.weight[300:] for seed in (42, 42, 43)]
     assert torch.equal(rows[0], rows[1]) and not torch.equal(rows[0], rows[2])
-
-
-def test_tokenizer_without_bos_is_refused(tmp_path):
-    tokenizer = make_bpe_tokenizer(BOS_EOS)
-    tokenizer.bos_token = None
-    tokenizer.save_pretrained(tmp_path)
-    LlamaConfig(vocab_size=300).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no bos or no eos"):
-        load_reward_tokenizer(str(tmp_path))
-
-
-def test_folder_without_tokenizer_is_refused(tmp_path):
-    LlamaConfig(vocab_size=300).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"{tmp_path}: no usable tokenizer") as error:
-        load_reward_tokenizer(str(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-def test_tokenizer_saves_into_the_folder_it_came_from(tmp_path, monkeypatch):
-    """Training on in place, the folder written in two ways."""
-    folder = copy_checkpoint(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    load_reward_tokenizer("model").save_pretrained(folder)
-    assert (folder / "tokenizer.model").read_bytes() == (CHECKPOINT / "tokenizer.model").read_bytes()
 
 
 @pytest.mark.parametrize(

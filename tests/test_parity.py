@@ -27,7 +27,7 @@ def test_loss(case):
     scores = torch.tensor(case["scores"])
     assert ranking_loss(rewards, scores).item() == pytest.approx(case["preference_loss"], abs=1e-6)
     names = ("rm_kl_coeff", "apo_loss_coeff", "apo_sample_num", "apo_loss_type")
-    total = apo_loss(rewards, scores, torch.tensor(case["apo_data_mask"]), **{name: case[name] for name in names})
+    total = sum(apo_loss(rewards, scores, torch.tensor(case["apo_data_mask"]), **{name: case[name] for name in names}))
     assert total.item() == pytest.approx(case["apo_total_loss"], abs=1e-6)
     if "apo_total_grad" in case:
         total.backward()
@@ -110,7 +110,7 @@ def test_sixteen_steps_of_training(batching, tmp_path):
         step = []
         for index in range(start, start + 4):
             rewards, batch = rewards_of_item(index)
-            step.append(apo_loss(rewards, batch["scores"], batch["apo_mask"], **coefficients))
+            step.append(sum(apo_loss(rewards, batch["scores"], batch["apo_mask"], **coefficients)))
         loss = torch.stack(step).mean()
         loss.backward()
         optimizer.step()

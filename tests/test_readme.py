@@ -10,7 +10,7 @@ import pytest
 from conftest import REPO_ROOT
 
 from apo.cli import InputError
-from arguments import parse_args
+from arguments import build_arguments, parse_flags
 
 README = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted([REPO_ROOT / "README.md", REPO_ROOT / "data" / "README.md", REPO_ROOT / "configs" / "README.md"])
@@ -44,7 +44,7 @@ def test_command_of_the_readme_parses(command, tmp_path, monkeypatch):
         assert (REPO_ROOT / argv[place + 1]).is_file()
         del argv[place : place + 2]
     monkeypatch.chdir(REPO_ROOT)
-    model_args, data_args, args = parse_args([*argv, "--use_cpu", "true"])
+    model_args, data_args, args = build_arguments(parse_flags([*argv, "--use_cpu", "true"]))
     assert model_args.model_name_or_path and (data_args.train_data_path or data_args.eval_data_path)
     assert args.output_dir == str(tmp_path)
 

@@ -9,16 +9,13 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import CHECKPOINT, E2E, REPO_ROOT, command_line, pair, read_json, run_main, run_train, write_records
 from safetensors.torch import load_file
 
-from apo.cli import InputError
 from arguments import DataArguments, ModelArguments, RewardTrainingArguments
-from train import complete_best_metric
 
 GOOD = {"text": ["a<sep>b", "a<sep>c"], "scores": [1, 0]}
 ON_CPU = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
@@ -146,10 +143,6 @@ def test_wrong_evaluation_file_is_refused(refused, tmp_path, name):
         ({"no_cuda": True}, "--no_cuda is no flag of transformers 5: now --use_cpu"),
         ({"overwrite_output_dir": True}, "--overwrite_output_dir is no flag of transformers 5: gone"),
         ({"model_name_or_path": "no/where"}, "no/where: no model there"),
-        (
-            {"eval_data_path": E2E / "eval_a.json", "metric_for_best_model": "f1"},
-            "--metric_for_best_model f1: expected one of eval_a.json_loss, eval_a.json_accuracy",
-        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
 )
@@ -247,7 +240,7 @@ def apo_run(tmp_path_factory, eval_files) -> Path:
         rm_calibration=True,
         calibration_bins=[5, 10],
         save_calibration=True,
-        metric_for_best_model="b/test.json_accuracy",
+        metric_for_best_model="eval_b/test.json_accuracy",
         load_best_model_at_end=True,
         output_dir=output_dir,
     )
@@ -358,33 +351,6 @@ def test_scores_are_written_once_and_in_order(tmp_path):
     rows = read_json(result)
     assert [list(row) for row in rows] == [["a:1:sample_0"], ["a:1:sample_1"], ["a:1:my_gpt4"], ["b:ans_x"]]
     assert rows[0]["a:1:sample_0"] == rows[1]["a:1:sample_1"] != rows[2]["a:1:my_gpt4"]
-
-
-@pytest.mark.parametrize(
-    "given, settled",
-    [
-        ("accuracy", "eval_a.json_accuracy"),
-        ("eval_accuracy", "eval_a.json_accuracy"),
-        ("eval_b.json_margin", "eval_eval_b.json_margin"),
-        ("eval_eval_b.json_Preference Acc", "eval_eval_b.json_Preference Acc"),
-        ("a.json_loss", "eval_a.json_loss"),
-        ("eval_a.json_loss", "eval_a.json_loss"),
-        ("eval_b.json_calibration_ECE_bin5", "eval_eval_b.json_calibration_ECE_bin5"),
-        ("calibration_ECE_bin10", None),
-        ("f1", None),
-    ],
-)
-def test_metric_for_best_model_names_one_of_a_set_or_of_the_first_set(given, settled):
-    """Evaluation sets a.json and eval_b.json; 5 calibration bins."""
-    best = {"metric_for_best_model": given, "greater_is_better": True}
-    args = SimpleNamespace(**best, do_train=True, rm_calibration=True, calibration_bins=[5])
-    if settled is None:
-        with pytest.raises(InputError, match=f"--metric_for_best_model {given}: expected one of a.json_loss"):
-            complete_best_metric(args, ["a.json", "eval_b.json"])
-    else:
-        complete_best_metric(args, ["a.json", "eval_b.json"])
-        assert args.metric_for_best_model == settled
-        assert args.greater_is_better is ("calibration" not in settled)
 
 
 # ------------------------------------------------------------------------------------------------ interruption

@@ -1,32 +1,29 @@
-"""How a process begins and ends."""
+"""How a process starts and ends."""
 
-import subprocess
-import sys
+import os
 
-import pytest
-from conftest import REPO_ROOT
+import torch.distributed as dist
 
-SCRIPT = """
-import atexit
-from apo.launch import leave
+from apo.launch import end_distributed, set_ranks_of_one_process
 
-class Lingering:
-    def __del__(self):
-        print("taken apart")
-
-lingering = Lingering()
-atexit.register(print, "exit handler")
-print("work")
-leave()
-"""
+NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-@pytest.mark.parametrize(
-    "world_size, expected", [("2", "work\nexit handler\n"), ("1", "work\nexit handler\ntaken apart\n")]
-)
-def test_one_process_of_several_leaves_with_its_exit_handlers_but_is_not_taken_apart(
-    world_size, expected, monkeypatch
-):
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=REPO_ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, expected), done.stderr
+def test_process_without_launcher_becomes_a_run_of_one_and_ends_it(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    set_ranks_of_one_process()
+    ranks = dict(os.environ)
+    assert (ranks["RANK"], ranks["LOCAL_RANK"], ranks["WORLD_SIZE"]) == ("0", "0", "1")
+    monkeypatch.undo()
+    for name in NAMES:
+        monkeypatch.setenv(name, ranks[name])
+    dist.init_process_group("gloo")
+    end_distributed()
+    assert not dist.is_initialized()
+    end_distributed()  # nothing to end
+
+
+def test_ranks_of_a_launcher_are_kept(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"RANK": "3"})
+    set_ranks_of_one_process()
+    assert os.environ == {"RANK": "3"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from apo.tree import TREE_ATTENTIONS, build_token_tree, choose_attention
-from models import POOLING_TYPES, LlamaRewardModel, RewardSettings
+from models import POOLING_TYPES, RewardModel, RewardSettings
 from reward_datasets import RewardDataCollator
 
 TOKENS = st.integers(5, 12)  # few, so that beginnings coincide
@@ -72,11 +72,11 @@ def test_a_token_attends_to_itself_and_those_before_it_on_its_path(batch):
 
 @given(BATCHES)
 @settings(max_examples=100, deadline=None)
-def test_no_beginning_stands_twice(batch):
-    """The size of the tree is the number of different beginnings."""
+def test_shared_prefix_is_stored_once(batch):
+    """The size of the tree is the number of different prefixes."""
     sequences = [sequence for item in batch for sequence in item]
-    beginnings = {tuple(sequence[:n]) for sequence in sequences for n in range(1, len(sequence) + 1)}
-    assert build_token_tree(sequences)["input_ids"].shape[1] == len(beginnings)
+    prefixes = {tuple(sequence[:n]) for sequence in sequences for n in range(1, len(sequence) + 1)}
+    assert build_token_tree(sequences)["input_ids"].shape[1] == len(prefixes)
 
 
 def test_pairs_of_one_golden_response_share_it():
@@ -90,15 +90,15 @@ def test_pairs_of_one_golden_response_share_it():
 
 
 @pytest.fixture(scope="module", params=POOLING_TYPES)
-def model(request) -> LlamaRewardModel:
+def model(request) -> RewardModel:
     return make_model(request.param)
 
 
-def make_model(pooling_type: str, **sizes: int) -> LlamaRewardModel:
+def make_model(pooling_type: str, **sizes: int) -> RewardModel:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=VOCAB_SIZE, **(TINY_SIZES | sizes))
     config.reward_settings = {**vars(RewardSettings()), "pooling_type": pooling_type}
-    return LlamaRewardModel(config, with_lm_head=True)
+    return RewardModel(config, with_lm_head=True)
 
 
 def collate(batch: list[list[list[int]]], batching: str, padding_side: str = "right") -> dict[str, torch.Tensor]:
@@ -107,7 +107,7 @@ def collate(batch: list[list[list[int]]], batching: str, padding_side: str = "ri
 
 
 def run(
-    model: LlamaRewardModel, batch: dict, attention: str, *, lm_loss: bool = False
+    model: RewardModel, batch: dict, attention: str, *, lm_loss: bool = False
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Rewards (N,), with the LM losses (2N,), and the gradients of a weighted sum of them."""
     model.set_attn_implementation(attention)
@@ -120,7 +120,7 @@ def run(
 
 
 def assert_same(
-    model: LlamaRewardModel, batch: list, attention: str, padding_side: str = "right", lm_loss: bool = False
+    model: RewardModel, batch: list, attention: str, padding_side: str = "right", lm_loss: bool = False
 ) -> None:
     values, gradients = run(model, collate(batch, "padded", padding_side), "sdpa", lm_loss=lm_loss)
     tree_values, tree_gradients = run(model, collate(batch, "tree"), attention, lm_loss=lm_loss)
@@ -192,19 +192,6 @@ def test_same_tokens_tie_exactly():
 
 
 # ------------------------------------------------------------------------------------------------ training
-
-
-@pytest.mark.parametrize(("pooling_type", "num_tokens"), [("eos", 3), ("last", 3), ("average", 10), ("max", 10)])
-def test_last_layer_runs_pooled_tokens_only(pooling_type, num_tokens):
-    """Three sequences, a tree of 10 tokens; the layer before runs them all."""
-    model, tokenizer = load_model(attention="tree_branches", pooling_type=pooling_type)
-    sizes = []
-    for layer in model.model.layers:
-        layer.mlp.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
-    sequences = [[1, 7, 8, 9, 2], [1, 7, 8, 5, 2], [1, 6, 9, 2]]
-    item = {"input_ids": sequences, "scores": [0.9, 0.1, 0.1], "is_apo": False}
-    forward(model, RewardDataCollator(tokenizer.pad_token_id, batching="tree")([item]))
-    assert sizes == [10, num_tokens]
 
 
 @pytest.mark.slow

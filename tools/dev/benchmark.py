@@ -71,7 +71,7 @@ from apo.tokenizer import RewardTokenizer, load_reward_tokenizer
 from apo.tree import build_token_tree, choose_attention
 from arguments import RewardTrainingArguments
 from models import (
-    LlamaRewardModel,
+    RewardModel,
     RewardModelOutput,
     RewardSettings,
     load_config,
@@ -346,7 +346,7 @@ def run_and_drop(lm_head: nn.Module, module: nn.Module, args: tuple[Any, ...], o
 
 
 def make_trl_trainer(
-    model: LlamaRewardModel, tokenizer: RewardTokenizer, dataset: Dataset, arguments: dict[str, Any]
+    model: RewardModel, tokenizer: RewardTokenizer, dataset: Dataset, arguments: dict[str, Any]
 ) -> Trainer:
     """TRL's trainer on a sequence classifier that takes over the weights of a reward model."""
     from trl import RewardConfig, RewardTrainer
