@@ -46,6 +46,11 @@ class RewardSettings:
     tokenizer_backend: str = "sentencepiece"
     sep_token_id: int | None = None
 
+    @property
+    def sequence_settings(self) -> dict[str, Any]:
+        """Those that `reward_datasets.build_sequence` takes."""
+        return {name: getattr(self, name) for name in ("max_length", "truncation_side", "add_sep_token")}
+
 
 def resolve_settings(config: LlamaConfig, **flags: Any) -> RewardSettings:
     """Settles each setting: the flag if it was given, else what the checkpoint records, else the reference's default.
@@ -199,6 +204,8 @@ def load_config(path: str) -> LlamaConfig:
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: the model folder has no config.json; expected a folder that save_pretrained wrote")
+    if _is_local(path) and not Path(path).exists():
+        raise InputError(f"{path}: no such folder; expected a model folder or the name of a model on the Hub")
     try:
         config = AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers and huggingface_hub have many kinds for a model or a config they refuse
@@ -211,6 +218,12 @@ def load_config(path: str) -> LlamaConfig:
     return config
 
 
+def _is_local(path: str) -> bool:
+    """Whether a path is meant as a local folder: no `model` or `owner/model`, or below a folder that exists."""
+    first, *rest = Path(path).parts or ("",)
+    return path[:1] in ("/", ".", "~") or len(rest) > 1 or (rest and (first == "outputs" or Path(first).is_dir()))
+
+
 def load_reward_model(
     path: str,
     config: LlamaConfig,
@@ -219,19 +232,27 @@ def load_reward_model(
     *,
     seed: int,
     with_lm_head: bool = False,
+    needs_trained_head: bool = False,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
-) -> tuple[RewardModel, bool]:
-    """Loads a pretrained LLaMA, or a reward model, and says where its reward head came from.
+) -> RewardModel:
+    """Loads a pretrained LLaMA, or a reward model, and logs where its reward head came from.
 
-    An existing head is never initialised again, a missing one after seeding with `seed`. `attention` is that of
-    `apo.tree.choose_attention`; trees need another than padded batches.
+    An existing head is never initialised again, a missing one after seeding with `seed`.
 
-    Returns:
-        The model and whether its reward head was loaded (False: freshly initialised).
+    Args:
+        path: a model folder, or a name on the Hub.
+        config: of `load_config`; it gets the settings and the pad token.
+        tokenizer: of the model; the embedding table grows to its size.
+        settings: what scoring must repeat.
+        seed: of a new head and of new rows of the embedding table.
+        with_lm_head: whether to load the LM head, which the LM loss needs.
+        needs_trained_head: whether a checkpoint without a reward head is refused.
+        dtype: of the weights.
+        attention: of `apo.tree.choose_attention`.
 
     Raises:
-        InputError: the checkpoint lacks weights other than the reward head.
+        InputError: the checkpoint lacks weights other than the reward head, or the head where it is needed.
     """
     set_seed(seed)
     config.pad_token_id = None  # set below: an added pad token lies beyond the table that is loaded
@@ -256,5 +277,9 @@ def load_reward_model(
         model.resize_token_embeddings(len(tokenizer.hf_tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     head_loaded = "reward_head.weight" not in info["missing_keys"]
+    if needs_trained_head and not head_loaded:
+        raise InputError(
+            f"{path}: found no reward head (reward_head.weight), so rewards would be random; give a reward model"
+        )
     logger.info("reward head: %s", f"loaded from {path}" if head_loaded else f"initialised (seed {seed})")
-    return model, head_loaded
+    return model

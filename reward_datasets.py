@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apo.cli import sha256_of_file
+from apo.cli import InputError, sha256_of_file
 from apo.records import PreferenceRecord, iter_preference_data, read_records
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def load_preference_dataset(
     truncation_side: str,
     add_sep_token: bool,
     cache_dir: str | None = None,
+    num_records: int | None = None,
 ) -> datasets.Dataset:
     """Reads, validates and tokenises a file once, into a memory-mapped Arrow file that later runs and ranks share.
 
@@ -172,7 +173,7 @@ def load_preference_dataset(
     machine do the work while the others wait.
 
     Returns:
-        A dataset with the rows of `tokenize_records`, in file order.
+        A data set with the rows of `tokenize_records`, in file order; the first `num_records` if that is given.
 
     Raises:
         InputError: see `load_preference_data`.
@@ -192,6 +193,8 @@ def load_preference_dataset(
             records = iter_preference_data(path, data_type, add_sep_token)
             _write_rows(cache_path, tokenize_records(records, tokenizer, **settings))
     dataset = datasets.Dataset.from_file(str(cache_path))
+    if num_records is not None:
+        dataset = dataset.select(range(min(len(dataset), num_records)))
     _log_counts(path, dataset)
     return dataset
 
@@ -206,6 +209,23 @@ def _log_counts(path: str | Path, dataset: datasets.Dataset) -> None:
     )
     if counts["num_identical"]:
         logger.warning("%s: the two sides of %d pairs are the same tokens", path, counts["num_identical"])
+
+
+def merge_training_data(parts: dict[str, datasets.Dataset]) -> datasets.Dataset:
+    """Concatenates the training files, {path: data set}, in order.
+
+    Raises:
+        InputError: a file has nothing to learn from: no record has two different scores.
+    """
+    import datasets
+
+    for path, part in parts.items():
+        if not any(part["num_pairs"]):
+            raise InputError(
+                f'{path}: field "scores": found equal scores within each of the {len(part)} records, '
+                "expected at least one preferred response"
+            )
+    return datasets.concatenate_datasets(list(parts.values()))
 
 
 def name_datasets(paths: list[str]) -> dict[str, str]:

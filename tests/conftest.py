@@ -129,7 +129,7 @@ def load_model(
     tokenizer = load_reward_tokenizer(str(path), config, settings.tokenizer_backend)
     settings.sep_token_id = tokenizer.sep_token_id
     set_seed(seed)
-    model, _ = load_reward_model(
+    model = load_reward_model(
         str(path), config, tokenizer, settings, seed=seed, with_lm_head=with_lm_head, attention=attention
     )
     return model.eval(), tokenizer

@@ -215,6 +215,14 @@ def test_model_that_is_nowhere_is_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("path", ["./model", "outputs/rm_base", "a/b/c"])
+def test_missing_local_folder_is_refused_without_asking_the_hub(path, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=f"^{path}: no such folder"):
+        load_config(path)
+
+
 def test_other_architecture_is_refused(tmp_path):
     GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="found the architecture gpt2, expected llama"):
@@ -276,7 +284,7 @@ def test_weights_may_be_loaded_in_bfloat16():
     """Half the memory for scoring; the rewards still come in float32, near those of float32 weights."""
     full, tokenizer = load_model(pooling_type="last")
     config = load_config(str(CHECKPOINT))
-    half, _ = load_reward_model(
+    half = load_reward_model(
         str(CHECKPOINT), config, tokenizer, resolve_settings(config, pooling_type="last"), seed=1, dtype=torch.bfloat16
     )
     assert {weight.dtype for weight in half.parameters()} == {torch.bfloat16}

@@ -194,7 +194,7 @@ def test_scoring_with_an_untrained_head_is_refused(base_llama, tmp_path, capsys)
     with pytest.raises(SystemExit) as exit_:
         run_main(**ON_CPU, **flags, eval_data_path=E2E / "samples.json", output_dir=tmp_path / "out")
     error = check_refusal(exit_.value.code, capsys.readouterr().err)
-    assert f"{base_llama}: found no reward head" in error and "give a trained reward model" in error
+    assert f"{base_llama}: found no reward head" in error and "give a reward model" in error
     assert not list(tmp_path.glob("out/*"))
 
 

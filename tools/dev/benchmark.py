@@ -326,7 +326,7 @@ def make_trainer(
     config = load_config(path)
     attention = choose_attention(config, batching, args.device, torch.bfloat16 if args.bf16 else torch.float32)
     loading = {"seed": args.seed, "with_lm_head": name == "reference", "attention": attention}
-    model, _ = load_reward_model(path, config, tokenizer, settings, **loading)
+    model = load_reward_model(path, config, tokenizer, settings, **loading)
     if name == "trl":
         return make_trl_trainer(model, tokenizer, dataset, {**arguments, "max_length": settings.max_length})
     collator = RewardDataCollator(tokenizer.pad_token_id, batching=batching)
