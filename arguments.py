@@ -31,7 +31,7 @@ UNUSED_FLAGS = (
 )
 # Flags of older transformers releases, with what replaced them.
 RENAMED_FLAGS = {
-    "--overwrite_output_dir": "gone; choose an empty --output_dir, or go on with --resume_from_checkpoint true",
+    "--overwrite_output_dir": "gone; choose an empty --output_dir, or resume with --resume_from_checkpoint true",
     "--no_cuda": "now --use_cpu",
     "--warmup_ratio": "now --warmup_steps, which also takes a ratio below 1",
     "--group_by_length": "now --train_sampling_strategy group_by_length",
@@ -50,7 +50,7 @@ class ModelArguments:
     model_type: Literal["reward"] = HfArg(default="reward", help="What to build: a reward model.")
     tokenizer_path: str | None = HfArg(default=None, help="Where the tokenizer is, if not with the model.")
     pooling_type: Literal["last", "eos", "average", "max"] | None = HfArg(
-        default=None, help="The token(s) whose reward counts: last is the one before eos (reference default: average)."
+        default=None, help="Which tokens give the reward: last is the token before eos (reference default: average)."
     )
     padding_side: Literal["right", "left"] = HfArg(default="right", help="Side of the padding; changes no reward.")
     truncation_side: Literal["left", "right"] | None = HfArg(
@@ -64,8 +64,8 @@ class ModelArguments:
     )
     tokenizer_backend: Literal["sentencepiece", "transformers"] | None = HfArg(
         default=None,
-        help="Whose ids to use for a checkpoint with tokenizer.model: sentencepiece's, as the reference was trained "
-        "with, or those of transformers 5, which differ after a space (default: sentencepiece).",
+        help="Token ids for a checkpoint with tokenizer.model: those of sentencepiece, as in the reference, or those of "
+        " transformers 5, which differ after a space (default: sentencepiece).",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
         default="float32", help="Type of the weights in memory; --bf16 computes in bfloat16 on float32 weights."
@@ -82,7 +82,7 @@ class DataArguments:
 
     data_type: Literal["comparison_pair", "reject_sample"] = HfArg(
         default="comparison_pair",
-        help="comparison_pair: text-scores or prompt/chosen/rejected records; reject_sample: answers to score.",
+        help="comparison_pair: text-scores or prompt/chosen/rejected records; reject_sample: responses to score.",
     )
     train_data_path: list[str] = field(default_factory=list, metadata={"help": "Training files."})
     eval_data_path: list[str] = field(
@@ -117,12 +117,12 @@ class RewardTrainingArguments(TrainingArguments):
     save_calibration: bool = HfArg(default=False, help="Save the reliability diagram of each evaluation set.")
     batching: Literal["tree", "padded"] = HfArg(
         default="tree",
-        help="tree: no shared token runs twice, none is padding (but in the LM head of --lm_loss_coeff); padded: one "
-        "padded row a response.",
+        help="tree: a shared prefix is computed once, without padding (but in the LM head of --lm_loss_coeff); padded: "
+        "one padded row a response.",
     )
     eval_token_budget: int | None = HfArg(
         default=None,
-        help="Tokens of a batch per device in evaluation and scoring, padding included; an item beyond it runs alone "
+        help="Tokens of a batch per device in evaluation and scoring, padding included; a larger item runs alone "
         "(default: 2 x max_length x per_device_eval_batch_size; on a CPU 2048 if that is less).",
     )
     debug_mode: bool = HfArg(default=False, help="Use the first 64 records of each file only.")
@@ -155,7 +155,9 @@ class RewardTrainingArguments(TrainingArguments):
             )
         self.eval_on_start = self.eval_on_start or self.eval_at_start
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = False  # every step uses every weight; looking for others costs time
+            self.ddp_find_unused_parameters = (
+                False  # every step uses every weight; a search for unused ones takes time
+            )
 
     def _check_loss(self) -> None:
         for name in ("apo_loss_coeff", "rm_kl_coeff", "lm_loss_coeff"):
@@ -176,7 +178,7 @@ class RewardTrainingArguments(TrainingArguments):
             self.rm_calibration = True
 
     def _check_deepspeed(self) -> None:
-        """Refuses a config that cannot be read, or that accelerate would drop without a word."""
+        """Refuses a config that cannot be read, or that accelerate would drop silently."""
         if not self.use_cpu and not torch.accelerator.is_available():
             raise InputError("--deepspeed, but no accelerator was found; add --use_cpu true to train on the CPU")
         if isinstance(self.deepspeed, str):
@@ -334,23 +336,23 @@ def check_output_dir(args: RewardTrainingArguments) -> None:
         if checkpoints:
             raise InputError(
                 f"{args.output_dir} holds checkpoints of another run ({checkpoints[-1].name}); choose another "
-                "--output_dir, or go on with --resume_from_checkpoint true"
+                "--output_dir, or resume with --resume_from_checkpoint true"
             )
         return
     while resume.lower() == "true" and checkpoints and not _is_complete(checkpoints[-1]):
-        logger.warning("%s is passed over: its saving was cut short", checkpoints.pop())  # the state is saved last
+        logger.warning("%s is skipped: it is incomplete", checkpoints.pop())  # the state is saved last
     if resume.lower() == "true" and not checkpoints:
-        raise InputError(f"--resume_from_checkpoint true, but {args.output_dir} holds no complete checkpoint-*")
+        raise InputError(f"--resume_from_checkpoint true, but {args.output_dir} has no complete checkpoint-*")
     checkpoint = checkpoints[-1] if resume.lower() == "true" else Path(resume)
     if not _is_complete(checkpoint):
         raise InputError(
-            f"--resume_from_checkpoint {checkpoint}: no whole trainer_state.json there; expected a checkpoint-N"
+            f"--resume_from_checkpoint {checkpoint}: found no complete trainer_state.json; expected a checkpoint-N"
         )
     args.resume_from_checkpoint = str(checkpoint)
 
 
 def _is_complete(checkpoint: Path) -> bool:
-    """Whether the file that is written last is there and whole."""
+    """Whether the file that is written last exists and is complete."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The reward model: a LLaMA with a scalar head, its pooling, its tokenizer roles, loading and saving.
+"""The reward model: a LLaMA with a scalar head, its pooling, loading and saving.
 
 Dimension key, for every module of the project:
 
@@ -58,7 +58,7 @@ def resolve_settings(config: LlamaConfig, **flags: Any) -> RewardSettings:
     A flag that contradicts the checkpoint wins, with a warning.
 
     Raises:
-        InputError: the checkpoint records settings that this version does not know.
+        InputError: the checkpoint records unknown settings.
     """
     recorded = getattr(config, "reward_settings", {})
     known = [field.name for field in fields(RewardSettings)]
@@ -120,7 +120,7 @@ def pool_rewards(token_rewards: Tensor, attention_mask: Tensor, pooling_type: st
 
 class RewardModel(LlamaPreTrainedModel):
     """LLaMA with a linear head of one output and no bias: keys `model.*`, `reward_head.weight`, and, only with
-    `with_lm_head`, `lm_head.weight`; otherwise an LM head in the checkpoint is read over and dropped."""
+    `with_lm_head`, `lm_head.weight`; otherwise an LM head in the checkpoint is dropped."""
 
     _keys_to_ignore_on_load_unexpected = (r"lm_head\.weight",)
 

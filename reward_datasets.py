@@ -1,6 +1,6 @@
 """Preference data sets: records -> token ids, cached on disk -> batches.
 
-Heavy packages are imported inside the functions that need them, so that the command line answers at once.
+Heavy packages are imported inside the functions that need them, so that the command line starts quickly.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ABSENT_SCORE = -1.0  # marks the empty places of a ragged (B, R) score matrix
+ABSENT_SCORE = -1.0  # marks an absent response in a ragged (B, R) score matrix
 TOKENIZE_BATCH_SIZE = 512
 DATASET_VERSION = 3  # part of the cache key: raise it when the rows of `tokenize_records` change
 
@@ -89,7 +89,7 @@ def tokenize_records(
 
     Row: `input_ids` R lists of ids, `scores` R normalised scores, `is_apo`, `query_id`, `answer_keys`, three counts:
     `num_pairs` (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical`
-    (pairs whose two sequences became the same, so that nothing can be learnt from them), and three sizes in tokens:
+    (pairs whose two sequences became the same, from which nothing can be learnt), and three sizes in tokens:
     `length` (of all sequences as a prefix tree), `num_tokens` (their sum), `longest`.
     """
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
@@ -115,7 +115,7 @@ def _count_pairs(scores: list[float], sequences: list[list[int]]) -> dict[str, i
 
 
 def _count_tokens(sequences: list[list[int]]) -> dict[str, int]:
-    """Sorted, a sequence has its longest common beginning with those before it in common with its neighbour."""
+    """In sorted order, the longest prefix that a sequence shares with an earlier one is shared with its neighbour."""
     shared = [
         next(itertools.compress(itertools.count(), map(operator.ne, first, second)), min(len(first), len(second)))
         for first, second in itertools.pairwise(sorted(sequences))
@@ -145,7 +145,7 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows to an Arrow file, under a temporary name until it is whole."""
     from datasets.arrow_writer import ArrowWriter
 
-    temporary = path.with_suffix(f".{socket.gethostname()}.incomplete")  # the lock may hold on this machine only
+    temporary = path.with_suffix(f".{socket.gethostname()}.incomplete")  # the lock may not hold across machines
     try:
         with ArrowWriter(path=str(temporary), features=_row_features()) as writer:
             for row in rows:
@@ -229,7 +229,7 @@ def merge_training_data(parts: dict[str, datasets.Dataset]) -> datasets.Dataset:
 
 
 def name_datasets(paths: list[str]) -> dict[str, str]:
-    """Names each file by its base name; files of the same name get as much of their folders as tells them apart."""
+    """Names each file by its base name; files of the same name get as many folders as make the names unique."""
     names: dict[str, str] = {}
     for path in dict.fromkeys(os.path.normpath(path) for path in paths):
         parts = Path(path).parts
@@ -249,10 +249,10 @@ def batch_by_tokens(dataset: datasets.Dataset, token_budget: int, batching: str)
 
     Padded batches take the longest items first, so that an item meets others of its length, and memory runs out at
     once or never. Trees have no padding to avoid; they keep the order of the file, in which pairs of the same prompt
-    are mostly neighbours and share it.
+    are mostly neighbours and share its tokens.
 
     Returns:
-        Indices of the items of each batch; an item above the budget is a batch of its own.
+        Indices of the items of each batch; an item above the budget is a batch by itself.
     """
     if batching == "tree":
         order, counts, widths = range(len(dataset)), dataset["length"][:], [1] * len(dataset)
@@ -287,7 +287,7 @@ class RewardDataCollator:
     `scores` [[0.9, 0.1], [0.5, -1]] (B, R) with -1 where an item has no such response, `apo_mask` [0, 1] (B,).
 
     As a tree: `scores` and `apo_mask` are the same, `input_ids` is (1, S), `attention_mask` (N, T) that of the paths,
-    and `tree` holds the other tensors of `tree_batching.build_token_tree`.
+    and `tree` holds the other tensors of `apo.tree.build_token_tree`.
     """
 
     pad_token_id: int

@@ -20,7 +20,7 @@ from reward_datasets import batch_by_tokens
 if TYPE_CHECKING:
     from datasets import Dataset
 
-CPU_TOKEN_BUDGET = 2048  # activations of larger batches leave the caches: 8,192 tokens cost a tenth more per token
+CPU_TOKEN_BUDGET = 2048  # larger batches do not fit the caches: at 8,192 tokens a token takes a tenth longer
 
 
 # ------------------------------------------------------------------------------------------------ losses
@@ -184,7 +184,7 @@ def in_file_order(
 class RewardModelTrainer(Trainer):
     """Trains a `RewardModel` on batches of `RewardDataCollator`.
 
-    Evaluation gathers the rewards of all pairs and computes metrics and loss from them at once, so that they depend
+    Evaluation gathers the rewards of all pairs and computes metrics and loss over all of them, so that they depend
     neither on the batch size nor on the number of processes.
     """
 
@@ -360,7 +360,7 @@ class TrainingWindow:
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
 
     def drain(self, accelerator: Any) -> dict[str, float]:
-        """Returns the means over all processes and forgets them."""
+        """Returns the means over all processes and resets the sums."""
         if not self._sums:
             return {}
         local = torch.stack(list(self._sums.values()))

@@ -1,4 +1,4 @@
-"""What every command line shares: wrong input ends in one line, and files are written whole or not at all."""
+"""What every command line shares: one-line errors, the parser, atomic writing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUM_SHOWN = 5  # problems that one error message shows
 
 
 class InputError(ValueError):
-    """Wrong input from outside. Its text is the one line that the user reads: what came, what was expected."""
+    """Wrong input from outside. Its text is the line that the user reads: what came, what was expected, what to do."""
 
 
 def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
@@ -41,7 +41,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A tool's command line: flags in full only, and what is wrong in one line instead of a page of usage."""
+    """A command line with full flag names only, whose errors are one line instead of a page of usage."""
 
     def __init__(self, **options: Any) -> None:
         defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
@@ -53,10 +53,10 @@ class OneLineParser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`, and renames it at the end: a killed run leaves no half file.
+    """Gives a temporary name beside `path` and renames it at the end, so that a killed run leaves no partial file.
 
     Raises:
-        InputError: what was written there, or its text, cannot be written.
+        InputError: the file cannot be written, or its text is no valid Unicode.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -72,7 +72,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """Writes `obj` as JSON, whole or not at all; see `replacing`."""
+    """Writes `obj` as JSON, completely or not at all; see `replacing`."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(obj, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 

@@ -21,11 +21,11 @@ ADDED_ROLES = ("<|reward_pad|>", "<|reward_sep|>")
 
 
 class RewardTokenizer:
-    """A tokenizer whose pad and separator roles are settled, and whose ids for LLaMA-1/2 are sentencepiece's own.
+    """A tokenizer with fixed pad and separator roles, whose ids for LLaMA-1/2 are those of sentencepiece.
 
-    transformers 5 encodes text that begins with a space in another way than sentencepiece, and almost every response
-    begins with one, so a checkpoint that ships `tokenizer.model` is encoded by sentencepiece itself, unless it was
-    trained on the ids of transformers.
+    transformers 5 and sentencepiece encode a leading space differently, and almost every response has one. So
+    sentencepiece itself encodes for a checkpoint that ships `tokenizer.model`, unless it was trained on the ids of
+    transformers.
     """
 
     model_input_names = ("input_ids", "attention_mask")
@@ -49,7 +49,7 @@ class RewardTokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies everything that the ids depend on, for the cache of tokenised data."""
+        """Hash of everything that the ids depend on, for the cache of tokenised data."""
         if self._sentencepiece:
             vocabulary = Path(self.sentencepiece_path).read_bytes()
         else:
@@ -83,7 +83,7 @@ class RewardTokenizer:
 def load_reward_tokenizer(
     path: str, config: PreTrainedConfig | None = None, backend: str = "sentencepiece"
 ) -> RewardTokenizer:
-    """Loads the tokenizer of a model and settles its pad and separator roles.
+    """Loads the tokenizer of a model and determines its pad and separator roles.
 
     The rule: (1) what the checkpoint records, if it is a reward model of this project; (2) for sentencepiece with byte
     fallback, as in LLaMA-1/2, the byte pieces <0x00> and <0x01>, ids 3 and 4; (3) else pad is the tokenizer's own
@@ -107,7 +107,9 @@ def load_reward_tokenizer(
             raise InputError(f"{path}: the tokenizer has no bos or no eos token; expected both")
         pad_token_id, sep_token_id = _settle_roles(hf_tokenizer, sentencepiece_path, config)
         hf_tokenizer.pad_token = hf_tokenizer.convert_ids_to_tokens(pad_token_id)
-        hf_tokenizer.model_max_length = int(1e30)  # lengths are ours to check; it would warn at every long text
+        hf_tokenizer.model_max_length = int(
+            1e30
+        )  # lengths are checked elsewhere; this avoids a warning for every long text
         return RewardTokenizer(hf_tokenizer, sentencepiece_path, backend, pad_token_id, sep_token_id)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):

@@ -1,8 +1,8 @@
-"""Tree batching: the sequences of a batch as one row of tokens, in which no token stands twice and none is padding.
+"""Tree batching: the sequences of a batch as one row of tokens, with every shared prefix once and without padding.
 
-Sequences that begin alike share their beginning: the responses of an item share its prompt, items may share a system
-prompt, and the pairs that one golden response forms with its samples share that response. A batch becomes a prefix
-tree, written into a single row of S tokens in depth-first order, so that the descendants of a token follow it:
+Sequences share prefixes: the responses of an item share its prompt, items may share a system prompt, and the pairs of
+one golden response share that response. A batch becomes a prefix tree, written into a single row of S tokens in
+depth-first order, so that the descendants of a token follow it:
 
     sequences   p0 p1 p2 a0 a1        token      p0 p1 p2 a0 a1 b0
                 p0 p1 p2 b0           row index   0  1  2  3  4  5
@@ -11,12 +11,11 @@ tree, written into a single row of S tokens in depth-first order, so that the de
 
     token i attends to token j   iff   j <= i < subtree_end[j]: the tokens before it on its own path, and itself
 
-Linear layers see a row without padding; only attention needs to know the tree. Rotary positions are those of the
-separate sequences and every token attends to what it would attend to there, so for a model without dropout this is
-the same function. Over-long sequences that truncation cut at different places begin differently and share nothing,
-which is the reference's result for them.
+Linear layers see a row without padding; only attention depends on the tree. Positions are those of the separate
+sequences and every token attends to what it would attend to there, so for a model without dropout this is the same
+function. Over-long sequences that are truncated at different places share no prefix, as in the reference.
 
-The attention does it in one of three ways, registered with transformers under the names of `TREE_ATTENTIONS`:
+There are three implementations of the attention, registered with transformers under the names of `TREE_ATTENTIONS`:
 `tree_branches` for the CPU, `tree_flex` for CUDA, `tree_mask` where that fails.
 """
 
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TREE_ATTENTIONS = ("tree_branches", "tree_flex", "tree_mask")
-MAX_PADDING = 1.5  # of the attention of branches; more calls cost more than that
+MAX_PADDING = 1.5  # of a group of branches; below it, padding is cheaper than another call
 
 
 # ------------------------------------------------------------------------------------------------ the tree
@@ -63,9 +62,9 @@ def build_token_tree(sequences: list[list[int]]) -> dict[str, Tensor]:
     `branches` [[0 5 5], [1 4 1]].
 
     Returns:
-        `input_ids`, `position_ids` (1, S); `subtree_ends` (S,), the row index behind the last descendant of a token;
+        `input_ids`, `position_ids` (1, S); `subtree_ends` (S,), the row index after the last descendant of a token;
         `paths` (N, T), the row indices of each sequence, in the order given, right-padded with 0, and their
-        `attention_mask` (N, T); `branches` (N, 3), in the order in which the sequences stand in the row: the sequence,
+        `attention_mask` (N, T); `branches` (N, 3), in row order: the sequence,
         its length, and how many tokens it adds to the row.
     """
     arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
@@ -120,9 +119,9 @@ def tree_attention(
         query: (1, H, S, head size).
         key, value: (1, H, S, head size), or with fewer heads, each for a group of query heads.
         attention_mask: not used.
-        attend: what `prepare_attention` made for this batch.
+        attend: the function that `prepare_attention` returned for this batch.
         scaling: factor of the dot products.
-        dropout: must be 0: a shared token has one state, not one for each sequence.
+        dropout: must be 0: a shared token has one state, not one per sequence.
 
     Returns:
         (1, S, H, head size), and None in place of the attention weights.
@@ -140,7 +139,7 @@ for _name in TREE_ATTENTIONS:
 
 
 def prepare_attention(tree: dict[str, Tensor], kind: str) -> Attend:
-    """Makes what the attention of every layer needs to know of a batch.
+    """Prepares the attention of a batch, the same for every layer.
 
     Args:
         tree: of `build_token_tree`.
@@ -171,7 +170,7 @@ class Branch:
 @dataclass(frozen=True)
 class AttentionCall:
     """One call for n branches: `query_index` (n, Q) and `key_index` (n, K), rows of the tree; `mask` (n, 1, Q, K), or
-    None for causal attention over whole paths; `is_new` (n, Q), the queries whose output is wanted."""
+    None for causal attention over whole paths; `is_new` (n, Q), the queries whose output is used."""
 
     query_index: Tensor
     key_index: Tensor
@@ -182,7 +181,7 @@ class AttentionCall:
 def _group_branches(tree: dict[str, Tensor]) -> list[list[Branch]]:
     """Divides the branches into groups for one call of attention each.
 
-    A path that is mostly new is queried as a whole, which causal attention does at half the price. A group grows while
+    A path that is mostly new is queried as a whole: causal attention costs half as much. A group grows while
     what it attends to, padding included, stays below `MAX_PADDING` times what its branches need.
     """
     branches = []
@@ -223,7 +222,7 @@ def _make_call(paths: Tensor, group: list[Branch]) -> AttentionCall:
 def _prepare_branches(tree: dict[str, Tensor]) -> Attend:
     """The new tokens of each sequence attend to its path, sequences of similar lengths in one call.
 
-    The rows of all calls are gathered at once, because every gather has a gradient as large as the tree.
+    The rows of all calls are gathered at once, because each gather has a gradient as large as the tree.
     """
     calls = [_make_call(tree["paths"], group) for group in _group_branches(tree)]
     query_index, key_index = (
@@ -252,9 +251,9 @@ def _prepare_branches(tree: dict[str, Tensor]) -> Attend:
 
 
 def _prepare_flex(tree: dict[str, Tensor]) -> Attend:
-    """Flex attention over the row, which skips the blocks of the (S, S) matrix without a token that attends.
+    """Flex attention over the row, which skips the empty blocks of the (S, S) mask.
 
-    Finding these blocks takes a few (S, S) bool tensors, once a batch.
+    The search for these blocks takes a few (S, S) bool tensors, once a batch.
     """
     ends = tree["subtree_ends"]
 

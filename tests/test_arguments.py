@@ -201,7 +201,7 @@ def test_folder_that_is_no_checkpoint_is_not_taken_for_one(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "resume, message", [("true", "holds no complete checkpoint"), ("O/checkpoint-3", "no whole trainer_state")]
+    "resume, message", [("true", "no complete checkpoint"), ("O/checkpoint-3", "no complete trainer_state")]
 )
 def test_resume_without_a_checkpoint_is_refused(resume, message):
     with pytest.raises(InputError, match=message):
