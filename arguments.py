@@ -64,8 +64,8 @@ class ModelArguments:
     )
     tokenizer_backend: Literal["sentencepiece", "transformers"] | None = HfArg(
         default=None,
-        help="Token ids for a checkpoint with tokenizer.model: those of sentencepiece, as in the reference, or those of "
-        " transformers 5, which differ after a space (default: sentencepiece).",
+        help="Token ids for a checkpoint with tokenizer.model: sentencepiece's, as in the reference, or those of "
+        "transformers 5, which differ after a space (default: sentencepiece).",
     )
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
         default="float32", help="Type of the weights in memory; --bf16 computes in bfloat16 on float32 weights."
@@ -117,8 +117,8 @@ class RewardTrainingArguments(TrainingArguments):
     save_calibration: bool = HfArg(default=False, help="Save the reliability diagram of each evaluation set.")
     batching: Literal["tree", "padded"] = HfArg(
         default="tree",
-        help="tree: a shared prefix is computed once, without padding (but in the LM head of --lm_loss_coeff); padded: "
-        "one padded row a response.",
+        help="tree: a shared prefix is computed once, without padding (the LM head of --lm_loss_coeff excepted); "
+        "padded: one padded row a response.",
     )
     eval_token_budget: int | None = HfArg(
         default=None,
