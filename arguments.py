@@ -21,6 +21,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import strtobool
 
 from apo.cli import InputError, OneLineParser
+from apo.launch import count_processes
 
 logger = logging.getLogger(__name__)
 
@@ -142,10 +143,9 @@ class RewardTrainingArguments(TrainingArguments):
         if self.deepspeed:
             self._check_deepspeed()
         super().__post_init__()
-        num_processes = int(os.environ.get("WORLD_SIZE", 1))
-        if self.world_size != num_processes:
+        if self.world_size != count_processes():
             raise InputError(
-                f"{num_processes} processes were launched, but each would train alone on all the data: "
+                f"{count_processes()} processes were launched, but each would train alone on all the data: "
                 "no accelerator was found; add --use_cpu true to train on the CPU"
             )
         if self.n_gpu > 1:

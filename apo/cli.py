@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from apo.launch import process_rank
+
 NUM_SHOWN = 5  # problems that one error message shows
 
 
@@ -32,8 +34,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except InputError as error:
-            rank = os.environ.get("RANK", "0")
-            name = "error: " if rank == "0" else f"error of rank {rank}: "
+            name = f"error of rank {process_rank()}: " if process_rank() else "error: "
             print(name + str(error).replace("\n", "\\n"), file=sys.stderr, flush=True)
             sys.exit(2)
 

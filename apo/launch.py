@@ -9,9 +9,24 @@ import sys
 import warnings
 
 
+def process_rank() -> int:
+    """Number of this process among all; 0 is the main process, and the only one without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def count_processes() -> int:
+    """Number of processes that the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def setup_logging() -> None:
     """Logs from the main process only; the others report errors."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR
+    level = logging.INFO if process_rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "DeepSpeed", "filelock", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
