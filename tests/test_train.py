@@ -1,8 +1,5 @@
 """The command itself: what it refuses, what it writes, and that an interrupted run loses nothing."""
 
-import json
-import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,59 +18,6 @@ GOOD = {"text": ["a<sep>b", "a<sep>c"], "scores": [1, 0]}
 ON_CPU = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
 
 # ------------------------------------------------------------------------------------------------ refusals
-
-# Content of the training file, and what the one line must say of it. The records are the second of their file.
-BAD_FILES = {
-    "missing": (None, "no such file"),
-    "empty": ("", "the file is empty"),
-    "no records": ("[]", "holds no records"),
-    "broken JSON": ('[{"text": ["a<sep>b"],\n  "scores" [1]}]', "broken JSON at line 2 column 12"),
-    "broken JSON lines": (json.dumps(GOOD) + '\n{"text": ', "broken JSON at line 2 column 10"),
-    "record that is no object": ([GOOD, "hello"], 'record 2: found the string "hello", expected an object'),
-    "text missing": ([GOOD, {"scores": [1, 0]}], 'record 2: field "text": found no such field.*expected a list'),
-    "text no list": ([GOOD, GOOD | {"text": "a"}], 'record 2: field "text": found the string "a", expected a list'),
-    "text of a number": (
-        [GOOD, GOOD | {"text": ["a<sep>b", 1]}],
-        r'record 2: field "text\[1\]": found the number 1, exp',
-    ),
-    "text empty": (
-        [GOOD, GOOD | {"text": ["", "a<sep>b"]}],
-        r'record 2: field "text\[0\]": found "", expected a non-empty',
-    ),
-    "scores missing": (
-        [GOOD, {"text": GOOD["text"]}],
-        'record 2: field "scores": found no such field.*expected a list',
-    ),
-    "scores shorter": ([GOOD, GOOD | {"scores": [1]}], 'record 2: field "scores": found 1 scores, expected 2'),
-    "score a string": (
-        [GOOD, GOOD | {"scores": [1, "0"]}],
-        r'record 2: field "scores\[1\]": found the string "0", expect',
-    ),
-    "score NaN": (
-        [GOOD, GOOD | {"scores": [1, float("nan")]}],
-        r'record 2: field "scores\[1\]": found the number nan, exp',
-    ),
-    "score infinity": (
-        [GOOD, GOOD | {"scores": [float("inf"), 0]}],
-        r'field "scores\[0\]": found the number inf, expected',
-    ),
-    "one response": (
-        [GOOD, {"text": ["a<sep>b"], "scores": [1]}],
-        r'record 2: field "text": found 1 response\(s\), expec',
-    ),
-    "no separator": (
-        [GOOD, GOOD | {"text": ["a b", "a<sep>c"]}],
-        r'record 2: field "text\[0\]": found no <sep>, expected',
-    ),
-    "two separators": (
-        [GOOD, GOOD | {"text": ["a<sep>b<sep>c", "a<sep>c"]}],
-        r'field "text\[0\]": found 2 <sep>, expected',
-    ),
-    "all scores equal": (
-        [GOOD | {"scores": [1, 1]}] * 2,
-        'field "scores": found equal scores within each of the 2 recor',
-    ),
-}
 
 
 @pytest.fixture
@@ -107,84 +51,24 @@ def training(tmp_path: Path, **flags) -> dict:
     return run | {"output_dir": tmp_path / "out", "save_strategy": "no"} | flags
 
 
-def write_content(path: Path, content: object) -> Path:
-    if isinstance(content, str):
-        path.write_text(content, encoding="utf-8")
-    elif content is not None:
-        write_records(path, content)
-    return path
-
-
-@pytest.mark.parametrize("content, message", BAD_FILES.values(), ids=BAD_FILES)
-def test_wrong_training_file_is_refused(refused, tmp_path, content, message):
-    path = write_content(tmp_path / "A.json", content)
-    error = refused(**training(tmp_path, train_data_path=[E2E / "train.json", path], add_sep_token=True))
-    assert re.search(f"{path}: .*{message}", error) or re.search(f"{path}: {message}", error), error
+@pytest.mark.parametrize("flag", ["train_data_path", "eval_data_path"])
+def test_wrong_record_is_refused(refused, tmp_path, flag):
+    path = write_records(tmp_path / "A.json", [GOOD, GOOD | {"scores": [1]}])
+    error = refused(**training(tmp_path, **{flag: [E2E / "train.json", path]}))
+    assert f'{path}: record 2: field "scores": found 1 scores, expected 2' in error
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["missing", "broken JSON", "scores shorter", "two separators"])
-def test_wrong_evaluation_file_is_refused(refused, tmp_path, name):
-    content, message = BAD_FILES[name]
-    path = write_content(tmp_path / "B.json", content)
-    error = refused(**training(tmp_path, eval_data_path=[E2E / "eval_a.json", path], add_sep_token=True))
-    assert re.search(f"{path}: .*{message}", error) or re.search(f"{path}: {message}", error), error
-
-
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ({"task_type": "sft"}, "--task_type.*: invalid choice: 'sft'.*hh_split"),
-        ({"pooling_type": "first"}, "--pooling_type.*: invalid choice: 'first'.*average"),
-        ({"model_type": "sft"}, "--model_type.*: invalid choice: 'sft'.*reward"),
-        ({"max_length": 7}, "--max_length 7: expected at least 8 tokens"),
-        ({"train_data_path": None}, "without training data; give --train_data_path"),
-        ({"pooling_tpye": "last"}, "unknown flag --pooling_tpye; did you mean --pooling_type"),
-        ({"no_cuda": True}, "--no_cuda is no flag of transformers 5: now --use_cpu"),
-        ({"overwrite_output_dir": True}, "--overwrite_output_dir is no flag of transformers 5: gone"),
-        ({"model_name_or_path": "no/where"}, "no/where: no model there"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
-)
-def test_wrong_flag_is_refused(refused, tmp_path, flags, message):
-    assert re.search(message, refused(**training(tmp_path, **flags)))
-
-
-def test_model_folder_without_config_is_refused(refused, tmp_path):
-    shutil.copytree(CHECKPOINT, tmp_path / "model", ignore=shutil.ignore_patterns("config.json"))
-    error = refused(**training(tmp_path, model_name_or_path=tmp_path / "model"))
-    assert f"{tmp_path / 'model'}: the model folder has no config.json" in error
-
-
-@pytest.mark.parametrize("content", ['{"zero_optimization": {"stage": 3}', None])
-def test_deepspeed_config_that_does_not_parse_is_refused(refused, tmp_path, content):
-    path = write_content(tmp_path / "ds.json", content)
-    error = refused(**training(tmp_path, deepspeed=path))
-    assert f"--deepspeed {path}: " in error and "give a DeepSpeed JSON file" in error
-
-
-def test_deepspeed_config_that_would_be_dropped_is_refused(refused, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    path = write_records(tmp_path / "ds.json", {"train_batch_size": "auto"})
-    assert "ACCELERATE_USE_CPU is set" in refused(**training(tmp_path, deepspeed=path))
-
-
-def test_output_folder_with_checkpoints_of_another_run_is_refused(refused, tmp_path):
-    write_records(tmp_path / "out" / "checkpoint-8" / "trainer_state.json", {})
-    error = refused(**training(tmp_path))
-    assert f"{tmp_path / 'out'} holds checkpoints of another run (checkpoint-8)" in error
+def test_wrong_flag_is_refused(refused, tmp_path):
+    assert "did you mean --pooling_type" in refused(**training(tmp_path, pooling_tpye="last"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["broken JSON", "no separator"])
-def test_real_process_ends_with_one_line_and_status_2(tmp_path, name):
-    """The same as above, as a user sees it."""
-    content, message = BAD_FILES[name]
-    path = write_content(tmp_path / "A.json", content)
-    flags = training(tmp_path, train_data_path=path, add_sep_token=True)
+def test_real_process_ends_with_one_line_and_status_2(tmp_path):
+    """As a user sees it."""
+    flags = training(tmp_path, train_data_path=tmp_path / "nowhere.json")
     done = run_train(**ON_CPU, **flags, exit_status=2)
-    error = check_refusal(done.returncode, done.stderr)
-    assert re.search(f"{path}: .*{message}|{path}: {message}", error), error
+    assert f"{tmp_path / 'nowhere.json'}: no such file" in check_refusal(done.returncode, done.stderr)
     assert done.stdout == ""
 
 
