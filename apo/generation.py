@@ -102,11 +102,9 @@ class Engine(Protocol):
     share: list[Prompt]
 
     def generate(self, prompts: list[Prompt], keep: Callable[[Prompt, list[str]], None]) -> None:
-        """Calls `keep` with each prompt and its finished texts: in any order, from any thread, one at a time.
+        """Calls `keep` with each prompt, of some or none of `share`, and its texts as soon as these are finished.
 
-        Args:
-            prompts: some of `share`, maybe none.
-            keep: writes the responses to disk.
+        It may do so in any order and from any thread, but for one prompt at a time.
         """
 
 
@@ -123,13 +121,11 @@ def generate_responses(
     """Generates the responses that earlier runs have not, and writes the records of all; see `complete_items`.
 
     Args:
-        store: of the result.
         prompts: all prompts of the file.
         engine: None only if `confirm` returns False.
         fields: the names of the responses in a record.
         stop_strings: where a text is cut.
         confirm: is called with the unfinished prompts before the work, and ends the run by returning False.
-        progress: whether to show a progress bar.
 
     Returns:
         the records, see `make_records`; None if this run did not write them.
@@ -162,7 +158,7 @@ def generate_responses(
 def make_records(prompts: list[Prompt], responses: dict[str, list[str]], fields: list[str]) -> list[dict[str, str]]:
     """Returns `{"query_id", "query", <field>: <response>, ...}` of the prompts that have responses, in order.
 
-    The server refused the others. They are named.
+    The others, which the server refused, are logged.
 
     Raises:
         InputError: no prompt has responses.

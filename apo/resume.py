@@ -174,7 +174,6 @@ def complete_items(
     Processes that share the items do not wait for each other: the one that finds all of them done writes the result.
 
     Args:
-        store: of the result.
         items: all items by key, in order.
         work: gets the unfinished items of this process, maybe none, and the function that keeps the values of a key.
         make_records: values by key -> the records of the result. An item that `work` did not keep is missing.
@@ -182,17 +181,17 @@ def complete_items(
         read_record: a record of a finished result -> key and values; None: a finished result is made again.
         share: the keys of this process; None: all.
         confirm: is called with the unfinished items before the work, and ends the run by returning False.
-        progress: whether to show a progress bar.
 
     Returns:
         the records; None if this run did not write them.
     """
-    parts = store.load()
-    result = dict(map(read_record, store.load_result() or [])) if read_record else {}
-    if list(result) == list(items):
-        logger.info("%s already exists, with these settings; delete it to start again", store.result_path)
-        return None
-    done = result | parts
+    done = store.load()
+    if read_record:
+        result = dict(map(read_record, store.load_result() or []))
+        if list(result) == list(items):
+            logger.info("%s already exists, with these settings; delete it to start again", store.result_path)
+            return None
+        done = result | done
     share = items.keys() if share is None else share
     todo = {key: items[key] for key in share if key not in done}
     store.log_state(sum(key in done for key in items), len(items), noun)
