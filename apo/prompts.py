@@ -1,35 +1,26 @@
-"""Prompts and their responses: the prompts of a file, and the forms that models read and data hold.
-
-`tools/inference_llm.py` (the LLM's samples) and `tools/annotate_golden.py` (golden answers) share it.
-"""
+"""Prompts and responses as text: dialogues, chat messages, templates, and the form of a response in the data."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from apo.cli import BadField, InputError, describe, first_few, raise_bad_records
-
-logger = logging.getLogger(__name__)
+from apo.cli import BadField, describe, raise_bad_records
 
 TEMPLATES = ("plain", "llama-2-chat", "chat")
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 TURN = re.compile(rf"\n\n({'|'.join(ROLES)}):")
-GOLDEN_STOP_STRINGS = ("\nHuman:",)  # where a strong model plays the user: "\nHumans need water" is an answer
-SAMPLE_STOP_STRINGS = ("\nHuman",)  # the reference's rule for the LLM's samples
-
-
-# ------------------------------------------------------------------------------------------------ prompts
+# Where a response ends, because the model continues as the user.
+GOLDEN_STOP_STRINGS = ("\nHuman:",)  # "\nHumans need water" is part of a response
+SAMPLE_STOP_STRINGS = ("\nHuman",)  # the reference's rule for the LLM's responses
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt with its id and where it stands in its file."""
+    """A prompt, its id, and its place in its file ("record 3", "line 3")."""
 
     place: str
     query_id: str
@@ -37,42 +28,24 @@ class Prompt:
 
     @property
     def key(self) -> str:
-        """What tells it from other prompts, and from itself before it was mended: kept answers stand under it."""
+        """A hash of id and text: kept responses are found by it, but not after the prompt was changed."""
         return hashlib.sha256(json.dumps([self.query_id, self.query]).encode()).hexdigest()[:32]
 
 
 def hash_prompts(prompts: list[Prompt]) -> str:
-    """Identifies the ids and texts of all prompts, whatever the format of their file."""
+    """Returns a hash of the ids and texts of all prompts; it does not depend on the format of their file."""
     return hashlib.sha256(json.dumps([(p.query_id, p.query) for p in prompts]).encode()).hexdigest()
 
 
-def answered_prompts(prompts: list[Prompt], responses: Mapping[str, list[str]]) -> list[Prompt]:
-    """Returns the prompts whose key has responses, in order, and names the others, which the server refused.
-
-    Raises:
-        InputError: none has.
-    """
-    refused = [prompt.query_id for prompt in prompts if prompt.key not in responses]
-    if len(refused) == len(prompts):
-        raise InputError(f"the server refused all {len(prompts)} prompts; expected an answer to at least one")
-    if refused:
-        logger.warning(
-            "%d prompts refused by the server, left out: %s; the same command asks them again",
-            len(refused),
-            first_few(refused),
-        )
-    return [prompt for prompt in prompts if prompt.key in responses]
-
-
 def chat_messages(query: str) -> list[dict[str, str]]:
-    """Splits a dialogue in the Helpful&Harmless form into the messages of a chat.
+    """Splits a dialogue in the Helpful&Harmless format into chat messages.
 
     `"\\n\\nHuman: Hi\\n\\nAssistant: Yes?\\n\\nHuman: Why?\\n\\nAssistant:"` has three messages. A text without such
-    turns is one message of the user. Empty turns are left out, and two turns of one role after another become one,
-    because many chat templates accept neither.
+    turns is one user message. Empty turns are left out, and consecutive turns of one role are joined, because many
+    chat templates accept neither.
 
     Raises:
-        BadField: the user does not have the last word.
+        BadField: the last message is not the user's.
     """
     lead, *turns = TURN.split(query)
     messages: list[dict[str, str]] = []
@@ -84,13 +57,13 @@ def chat_messages(query: str) -> list[dict[str, str]]:
         else:
             messages.append({"role": ROLES[role], "content": text.strip()})
     if not messages or messages[-1]["role"] != "user":
-        expected = 'a dialogue whose last words are the user\'s, then "\\n\\nAssistant:" or nothing'
+        expected = 'a dialogue that ends with a user turn, then "\\n\\nAssistant:" or nothing'
         raise BadField("query", describe(query[-40:]) + " at the end", expected)
     return messages
 
 
 def llama_2_chat_text(query: str) -> str:
-    """Returns a dialogue in the format of LLaMA-2-chat, without the `<s>` that every tokenizer puts in front."""
+    """Returns a dialogue in the format of LLaMA-2-chat, without the first `<s>`, which the tokenizer adds."""
     text, system = "", ""
     for message in chat_messages(query):
         if message["role"] == "system":
@@ -104,10 +77,12 @@ def llama_2_chat_text(query: str) -> str:
 
 
 def render_prompts(path: str, prompts: list[Prompt], template: str) -> list[str | list[dict[str, str]]]:
-    """Returns what the model reads: text, or for `chat` the messages that its own template is for.
+    """Returns the input of the model for each prompt, in order.
+
+    That is a text (`plain`: as it is; `llama-2-chat`), or for `chat` the messages that the model's own template reads.
 
     Raises:
-        InputError: dialogues that make no chat.
+        InputError: dialogues that cannot become a chat; `path` is the file that it names.
     """
     render = {"plain": str, "llama-2-chat": llama_2_chat_text, "chat": chat_messages}[template]
     rendered, problems = [], []
@@ -121,7 +96,7 @@ def render_prompts(path: str, prompts: list[Prompt], template: str) -> list[str 
 
 
 def stop_strings_of(template: str) -> tuple[str, ...]:
-    """Returns what an LLM writes when it goes on to play the user."""
+    """Returns the strings at which a sampled response ends, because the model continues as the user."""
     return (*SAMPLE_STOP_STRINGS, "[INST]") if template == "llama-2-chat" else SAMPLE_STOP_STRINGS
 
 
@@ -131,59 +106,12 @@ def count_cuts(texts: Iterable[str], stop_strings: tuple[str, ...]) -> int:
 
 
 def format_response(text: str, stop_strings: tuple[str, ...]) -> str:
-    """Brings a model's text into the form of a response in the data: cut where it goes on to play the user, no white
-    space at the end, one space in front.
+    """Returns a model's text as a response of the data: cut at the first stop string, stripped, one space in front.
 
-    Golden and sampled responses must not differ in this, or a reward model learns the space instead of the content.
-    An empty answer stays empty. Half a surrogate pair, which no file can hold, becomes a question mark.
+    Golden and sampled responses must have the same form, or a reward model learns the space instead of the content.
+    An empty response stays empty. An unpaired surrogate, which cannot be written as UTF-8, becomes a question mark.
     """
     for stop_string in stop_strings:
         text = text.split(stop_string, maxsplit=1)[0]
     text = text.encode(errors="replace").decode().strip()
     return f" {text}" if text else ""
-
-
-def derive_seed(seed: int, query_id: str, sample: int) -> int:
-    """Returns the seed of one response, in [0, 2**31).
-
-    It depends on nothing but the run's seed, the prompt's id and the number of the sample, so not on order, batches or
-    processes.
-    """
-    key = json.dumps([seed, query_id, sample]).encode()
-    return int.from_bytes(hashlib.sha256(key).digest()[:4]) >> 1
-
-
-@dataclass(frozen=True, slots=True)
-class Decoding:
-    """How responses are drawn; the names are those of transformers, and of the flags.
-
-    `temperature` 0 is greedy, `top_k` 0 all tokens, `top_p` 1 and `repetition_penalty` 1 are off.
-    """
-
-    num_samples: int
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    max_new_tokens: int
-
-    def check(self) -> None:
-        """Refuses values that cannot work.
-
-        Raises:
-            InputError: with flag, value and what is expected.
-        """
-        for name, is_right, expected in (
-            ("num_samples", self.num_samples >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0 (1 is none)"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-        ):
-            if not is_right:
-                raise InputError(f"--{name} {getattr(self, name)}: expected {expected}")
-        if self.temperature == 0 and self.num_samples > 1:
-            raise InputError(
-                f"--temperature 0 --num_samples {self.num_samples}: expected 1, they would all be the same"
-            )

@@ -1,24 +1,29 @@
-"""What a killed run had already: the finished parts of a result, and what tells them from those of another run."""
+"""Results that survive a kill: the store of finished items, and the one loop that uses it."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from tqdm import tqdm
 
 from apo.cli import InputError, first_few, sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
 
 MODEL_FILES = ("*.safetensors", "*.bin", "*config.json", "tokenizer*", "chat_template*")
+Item = TypeVar("Item")
+Keep = Callable[[str, list[Any]], None]
 
 
 def model_version(path: str, commit: str | None) -> str | None:
-    """What changes with the model: a hash over names, sizes and times of its folder's files, or the Hub's commit."""
+    """Returns what changes with a model: a hash of names, sizes and times of its files, or the commit on the Hub."""
     if not Path(path).is_dir():
         return commit
     files = sorted(file for pattern in MODEL_FILES for file in Path(path).glob(pattern))
@@ -37,14 +42,12 @@ def refuse_overwriting(data_path: str | Path, result_path: Path) -> None:
 
 
 class ResultStore:
-    """Finished parts of a result, on disk, so that a run that was killed at any moment goes on.
+    """The finished items of a result, on disk.
 
-    A part is a key with its values: a prompt's key with its responses, or the number of a batch with its rewards.
-    Every process appends to a file of its own, `<result>.<fingerprint>.rank<i>.partial.jsonl`, one line a part: `[key,
-    values]`. The fingerprint stands for the settings, so that parts of other settings never mix; what else the values
-    depend on belongs into the key.
-
-    Notes, such as a server's address, are recorded with parts and result but decide nothing: a changed one is named.
+    An item is a key and its values: a prompt's key and its responses, or the number of a batch and its rewards. Every
+    process appends to its own file, `<result>.<fingerprint>.rank<i>.partial.jsonl`, one `[key, values]` a line. The
+    fingerprint is a hash of the settings, so that items of different settings never mix. All that the values depend on
+    is in the settings or in the key. Notes, such as a server's address, are recorded too; a changed note is a warning.
     """
 
     def __init__(
@@ -63,42 +66,34 @@ class ResultStore:
         return sorted(self.result_path.parent.glob(name))
 
     def load(self) -> dict[str, list[Any]]:
-        """Reads the parts of all processes of this and of earlier runs; a line that a kill has torn is not there."""
-        parts: dict[str, list[Any]] = {}
-        notes: dict[str, Any] = {}
+        """Reads the items that all processes of this and earlier runs kept; incomplete lines are skipped."""
+        lines: list[bytes] = []
         for path in self._partial_paths(self.fingerprint):
-            try:
-                lines = path.read_bytes().split(b"\n")
-            except FileNotFoundError:  # another process has written the result in the meantime
-                continue
-            for line in lines:
-                try:
-                    part = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(part, dict):
-                    notes |= part
+            with contextlib.suppress(FileNotFoundError):  # another process has written the result in the meantime
+                lines += path.read_bytes().split(b"\n")
+        items: dict[str, list[Any]] = {}
+        notes: dict[str, Any] = {}
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                parsed = json.loads(line)
+                if isinstance(parsed, dict):
+                    notes |= parsed
                 else:
-                    parts[part[0]] = part[1]
-        if parts:
+                    items[parsed[0]] = parsed[1]
+        if items:
             self._warn_of_changed(notes)
-        return parts
+        return items
 
-    def is_finished(self) -> bool:
-        """Whether the result of these settings is there. Ask it after `load`: the partial files go last."""
-        if not (self.result_path.is_file() and self.settings_path.is_file()):
-            return False
+    def load_result(self) -> list[dict[str, Any]] | None:
+        """Reads the result of these settings; None if it does not exist or was changed. Call it after `load`."""
         try:
             recorded = json.loads(self.settings_path.read_text(encoding="utf-8"))
-        except ValueError:
-            return False
-        return isinstance(recorded, dict) and recorded == {**recorded, **self._record()}
-
-    def load_result(self) -> list[dict[str, Any]]:
-        """Reads the result of these settings; no records if it is not there or was changed. Call it after `load`."""
-        if not self.is_finished():
-            return []
-        self._warn_of_changed(json.loads(self.settings_path.read_text(encoding="utf-8")))
+            is_ours = recorded == {**recorded, **self._record()}
+        except (OSError, ValueError, TypeError):
+            return None
+        if not is_ours:
+            return None
+        self._warn_of_changed(recorded)
         return json.loads(self.result_path.read_text(encoding="utf-8"))
 
     def _warn_of_changed(self, recorded: Mapping[str, Any]) -> None:
@@ -106,36 +101,36 @@ class ResultStore:
             if recorded.get(name, value) != value:
                 logger.warning("%s was %s for what is kept, and is %s now", name, recorded[name], value)
 
-    def log_state(self, num_done: int, num_parts: int, noun: str) -> None:
-        """Says what an earlier run has left."""
+    def log_state(self, num_done: int, num_items: int, noun: str) -> None:
+        """Logs what earlier runs have done, and the partial files of other settings."""
         if num_done:
-            logger.info("%d of %d %s were done before", num_done, num_parts, noun)
+            logger.info("%d of %d %s were done before", num_done, num_items, noun)
         others = set(self._partial_paths("*")) - set(self._partial_paths(self.fingerprint))
         if others:
-            logger.info("left alone, for they are of other settings: %s", first_few(sorted(p.name for p in others)))
+            logger.info("not used, other settings: %s", first_few(sorted(path.name for path in others)))
 
     def open(self) -> None:
-        """Opens this process's file, as `append` does, but before the work whose parts it is for.
+        """Opens the file of this process, so that a bad path is an error before the work.
 
         Raises:
             InputError: nothing can be written there.
         """
         try:
             if self.result_path.is_dir():
-                raise IsADirectoryError(None, "a folder of that name is there")
+                raise IsADirectoryError(None, "a folder of that name exists")
             self.result_path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self._own_path, "ab")  # noqa: SIM115  stays open from part to part
+            self._file = open(self._own_path, "ab")  # noqa: SIM115  closed by close()
         except OSError as error:
             raise InputError(
                 f"{self.result_path}: cannot be written ({error.strerror}), expected a place for the result and for "
                 "files beside it"
             ) from error
-        self._file.write(b"\n" * (self._file.tell() > 0))  # ends a torn line
+        self._file.write(b"\n" * (self._file.tell() > 0))  # ends an incomplete line
         if self.notes:
             self._write(self.notes)
 
     def append(self, key: str, values: list[Any]) -> None:
-        """Keeps a part."""
+        """Keeps an item."""
         if self._file is None:
             self.open()
         self._write([key, values])
@@ -145,13 +140,13 @@ class ResultStore:
         self._file.flush()
 
     def close(self) -> None:
-        """Closes this process's file; only then do processes on other machines see all of it."""
+        """Closes the file of this process; only then do processes on other machines see all of it."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def finish(self, records: list[dict[str, Any]]) -> None:
-        """Writes the result, then `<result>.settings.json`, then deletes the parts. Two processes may both do so."""
+        """Writes the result, then its settings, then deletes the partial files; several processes may do this."""
         self.close()
         write_json(self.result_path, records)
         write_json(self.settings_path, {**self._record(), **self.notes})
@@ -160,3 +155,63 @@ class ResultStore:
 
     def _record(self) -> dict[str, Any]:
         return {**self.settings, "result_sha256": sha256_of_file(self.result_path)}
+
+
+def complete_items(
+    store: ResultStore,
+    items: Mapping[str, Item],
+    work: Callable[[dict[str, Item], Keep], None],
+    make_records: Callable[[dict[str, list[Any]]], list[dict[str, Any]]],
+    *,
+    noun: str,
+    read_record: Callable[[dict[str, Any]], tuple[str, list[Any]]] | None = None,
+    share: Collection[str] | None = None,
+    confirm: Callable[[dict[str, Item]], bool] = lambda todo: True,
+    progress: bool = True,
+) -> list[dict[str, Any]] | None:
+    """Does the work that earlier runs have not done, keeps each finished item, and writes the result.
+
+    Processes that share the items do not wait for each other: the one that finds all of them done writes the result.
+
+    Args:
+        items: all items by key, in order.
+        work: gets the unfinished items of this process, maybe none, and the function that keeps the values of a key.
+        make_records: values by key -> the records of the result. An item that `work` did not keep is missing.
+        noun: what the items are, for messages.
+        read_record: a record of a finished result -> key and values; None: a finished result is made again.
+        share: the keys of this process; None: all.
+        confirm: is called with the unfinished items before the work, and ends the run by returning False.
+
+    Returns:
+        the records; None if this run did not write them.
+    """
+    done = store.load()
+    if read_record:
+        result = dict(map(read_record, store.load_result() or []))
+        if list(result) == list(items):
+            logger.info("%s already exists, with these settings; delete it to start again", store.result_path)
+            return None
+        done = result | done
+    share = items.keys() if share is None else share
+    todo = {key: items[key] for key in share if key not in done}
+    store.log_state(sum(key in done for key in items), len(items), noun)
+    if not confirm(todo):
+        return None
+    if todo:
+        store.open()
+    with tqdm(total=len(share), initial=len(share) - len(todo), unit=noun, disable=not (todo and progress)) as bar:
+
+        def keep(key: str, values: list[Any]) -> None:
+            store.append(key, values)
+            bar.update()
+
+        work(todo, keep)
+    store.close()
+    done |= store.load()
+    if not items.keys() - share <= done.keys():
+        if store.load_result() is None:
+            logger.info("other processes have not finished their share; the last one writes the result")
+        return None
+    records = make_records(done)
+    store.finish(records)
+    return records

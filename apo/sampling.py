@@ -1,9 +1,9 @@
 """Seeded sampling from an LLM on this machine: the same seed gives the same responses on any number of processes.
 
-Every response has a random stream of its own, whose seed comes from its prompt and its number. Batches are formed over
-the whole file and processes share whole ones, so whoever computes a batch computes the same, as long as it does so
-with the same number of threads. Another batch size changes the rounding: in float32 responses stay the same, in
-bfloat16 rounding may flip a token.
+Every response has its own random stream, seeded by the prompt's id and the number of the response. Batches are formed
+over the whole file, and processes share whole batches, so that any process computes the same responses, as long as it
+has the same number of threads. Another batch size changes the rounding: in float32 responses stay the same, but in
+bfloat16 a token may change.
 
 B prompts, N = B x samples sequences, T tokens, V vocabulary.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,22 +26,23 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
-    StoppingCriteria,
     StoppingCriteriaList,
+    StopStringCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from apo.cli import InputError
-from apo.prompts import Decoding, Prompt, derive_seed
+from apo.generation import Decoding, derive_seed
+from apo.prompts import Prompt, hash_prompts, stop_strings_of
+from apo.resume import model_version
 
 logger = logging.getLogger(__name__)
-
-STOP_STRING_TOKENS = 16  # hold any stop string, even byte by byte
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -55,7 +56,7 @@ def load_tokenizer(path: str, template: str) -> PreTrainedTokenizerBase:
     """Loads the LLM's tokenizer.
 
     Raises:
-        InputError: there is none, or it has no chat template where one is asked for.
+        InputError: it cannot be loaded, or `template` is `chat` and it has no chat template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -63,12 +64,12 @@ def load_tokenizer(path: str, template: str) -> PreTrainedTokenizerBase:
         raise InputError(f"{path}: no usable tokenizer ({_reason(error)})") from error
     if template == "chat" and not tokenizer.chat_template:
         raise InputError(f"{path}: found no chat template in the tokenizer; --prompt_template plain needs none")
-    tokenizer.model_max_length = int(1e30)  # lengths are ours to check
+    tokenizer.model_max_length = int(1e30)  # no warning: check_positions compares lengths
     return tokenizer
 
 
 def load_llm(path: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """Loads the LLM onto this process's device; how it decodes is not left to its `generation_config.json`.
+    """Loads the LLM onto the device of this process; of its `generation_config.json` only the end tokens are used.
 
     Raises:
         InputError: weights that cannot be read, or that are incomplete, such as those of a reward model.
@@ -94,10 +95,10 @@ def load_llm(path: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTr
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, rendered: list[Any], template: str, max_length: int
 ) -> list[list[int]]:
-    """Encodes rendered prompts; of one that is longer than `max_length` tokens the front is cut, bos kept.
+    """Encodes rendered prompts; of more than `max_length` tokens the first are cut, but not bos.
 
     Raises:
-        InputError: the model's chat template refuses a dialogue, for example for its system message.
+        InputError: the model's chat template refuses a dialogue, for example because of its system message.
     """
     if template == "chat":
         try:
@@ -109,7 +110,7 @@ def tokenize(
     token_ids = tokenizer(rendered, add_special_tokens=template != "chat").input_ids
     num_cut = sum(len(ids) > max_length for ids in token_ids)
     if num_cut:
-        logger.warning("%d of %d prompts cut in front to %d tokens", num_cut, len(token_ids), max_length)
+        logger.warning("%d of %d prompts cut to their last %d tokens", num_cut, len(token_ids), max_length)
     return [ids if len(ids) <= max_length else _cut_front(ids, max_length, tokenizer) for ids in token_ids]
 
 
@@ -119,7 +120,7 @@ def _cut_front(ids: list[int], max_length: int, tokenizer: PreTrainedTokenizerBa
 
 
 def check_positions(token_ids: list[list[int]], max_new_tokens: int, num_positions: int) -> None:
-    """Refuses prompts that leave the model no room for its answer."""
+    """Refuses prompts that leave the model too few positions for the response."""
     longest = max(map(len, token_ids))
     if longest + max_new_tokens > num_positions:
         raise InputError(
@@ -129,7 +130,7 @@ def check_positions(token_ids: list[list[int]], max_new_tokens: int, num_positio
 
 
 def form_batches(token_ids: list[list[int]], batch_size: int) -> list[list[int]]:
-    """Groups prompts (indices) by length, the longest first: what does not fit into the memory fails at once."""
+    """Groups prompts (indices) by length, the longest first: a batch that is too large for memory fails at once."""
     order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
@@ -138,9 +139,9 @@ def form_batches(token_ids: list[list[int]], batch_size: int) -> list[list[int]]
 
 
 class GumbelNoise(LogitsProcessor):
-    """The last step before the argmax: adds Gumbel noise, which turns the argmax into a draw from the softmax.
+    """Adds Gumbel noise to the logits, so that their argmax is a draw from the softmax.
 
-    Each row takes its noise from a generator of its own, so that a response depends on no other row.
+    Each row has its own generator, so that a response does not depend on other rows.
     """
 
     def __init__(self, seeds: list[int], device: torch.device) -> None:
@@ -154,22 +155,8 @@ class GumbelNoise(LogitsProcessor):
         return scores - noise.log_()
 
 
-class UserTurn(StoppingCriteria):
-    """Stops a row that goes on to play the user: what follows would be cut off."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_length: int, stop_strings: tuple[str, ...]) -> None:
-        self._tokenizer, self._prompt_length, self._stop_strings = tokenizer, prompt_length, stop_strings
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """(N, T) -> (N,) bool."""
-        begin = max(self._prompt_length, input_ids.shape[1] - STOP_STRING_TOKENS)
-        texts = self._tokenizer.batch_decode(input_ids[:, begin:])
-        is_done = [any(stop_string in text for stop_string in self._stop_strings) for text in texts]
-        return torch.tensor(is_done, device=input_ids.device)
-
-
 def sampling_steps(decoding: Decoding, seeds: list[int], device: torch.device) -> LogitsProcessorList:
-    """What happens to the logits before the argmax, in the order of transformers' own sampling."""
+    """Returns the logits processors, in the order in which transformers samples; greedy search follows."""
     steps = LogitsProcessorList()
     if decoding.repetition_penalty != 1:
         steps.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
@@ -186,8 +173,8 @@ def sampling_steps(decoding: Decoding, seeds: list[int], device: torch.device) -
 def _tensors(token_ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
     """Pads B prompts on the left; returns ids and mask, both (B, T).
 
-    Each is padded with its own first token: attention does not see it, and to the repetition penalty, which asks what
-    tokens a row holds, it is nothing new.
+    Each is padded with its own first token: attention is masked there, and the repetition penalty, which looks at the
+    set of tokens in a row, does not change.
     """
     width = max(map(len, token_ids))
     rows = [ids[:1] * (width - len(ids)) + ids for ids in token_ids]
@@ -196,31 +183,19 @@ def _tensors(token_ids: list[list[int]], device: torch.device) -> tuple[Tensor, 
 
 
 @torch.no_grad()
-def generate(
+def continue_prompts(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
     token_ids: list[list[int]],
     seeds: list[int],
     decoding: Decoding,
-    stop_strings: tuple[str, ...],
+    stop: StopStringCriteria,
 ) -> list[str]:
-    """Continues B prompts, `decoding.num_samples` times each, every time with the random stream of a seed of its own.
-
-    Args:
-        model: the LLM.
-        tokenizer: its tokenizer.
-        token_ids: B prompts.
-        seeds: N = B * num_samples, those of the first prompt first.
-        decoding: how to draw.
-        stop_strings: where a response ends because the model goes on to play the user.
-
-    Returns:
-        the N new texts, in the order of the seeds.
-    """
+    """Continues B prompts, `decoding.num_samples` times each; returns N texts, one for each seed, in order."""
     input_ids, mask = _tensors(token_ids, model.device)  # (B, T)
     cache = DynamicCache(config=model.config)
-    if input_ids.shape[1] > 1:  # a prompt is read once for all its samples; its last token is left for generate()
+    if input_ids.shape[1] > 1:  # reads a prompt once for all its responses, up to the last token, for generate()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         start = {"input_ids": input_ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
         model(**start, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -231,37 +206,75 @@ def generate(
         past_key_values=cache,
         max_new_tokens=decoding.max_new_tokens,
         logits_processor=sampling_steps(decoding, seeds, model.device),
-        stopping_criteria=StoppingCriteriaList([UserTurn(tokenizer, input_ids.shape[1], stop_strings)]),
+        stopping_criteria=StoppingCriteriaList([stop]),
     )
     return tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
 
 
-def sample_batches(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    prompts: list[Prompt],
-    token_ids: list[list[int]],
-    batches: list[list[int]],
-    decoding: Decoding,
-    seed: int,
-    stop_strings: tuple[str, ...],
-) -> Iterator[tuple[Prompt, list[str]]]:
-    """Yields the prompts of the given batches (indices) with their texts, as the model gives them.
+class LocalEngine:
+    """An `apo.generation.Engine` with an LLM on this machine, in one of several processes."""
 
-    Raises:
-        InputError: a batch does not fit into the GPU's memory.
-    """
-    num_samples = decoding.num_samples
-    for batch in batches:
-        seeds = [derive_seed(seed, prompts[i].query_id, sample) for i in batch for sample in range(num_samples)]
-        inputs = {"token_ids": [token_ids[i] for i in batch], "seeds": seeds}
-        try:
-            texts = generate(model, tokenizer, **inputs, decoding=decoding, stop_strings=stop_strings)
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"{len(batch)} prompts x {num_samples} samples at a time do not fit into the GPU's memory; expected a "
-                "smaller --per_device_eval_batch_size; what is finished is kept"
-            ) from error
-        for place, i in enumerate(batch):
-            yield prompts[i], texts[place * num_samples : (place + 1) * num_samples]
+    def __init__(
+        self,
+        path: str,
+        config: PreTrainedConfig,
+        rendered: dict[Prompt, Any],
+        *,
+        template: str,
+        decoding: Decoding,
+        seed: int,
+        max_length: int,
+        batch_size: int,
+        dtype: str,
+        rank: int,
+        num_processes: int,
+    ) -> None:
+        """Tokenises all prompts of the file; `max_length` counts tokens of a prompt, `batch_size` prompts.
+
+        Raises:
+            InputError: the tokenizer cannot be loaded, or the prompts do not fit the model.
+        """
+        self.path, self.dtype, self.decoding, self.seed = path, dtype, decoding, seed
+        self.tokenizer = load_tokenizer(path, template)
+        self.stop_strings = stop_strings_of(template)
+        self.prompts = list(rendered)
+        self.token_ids = tokenize(self.tokenizer, list(rendered.values()), template, max_length)
+        check_positions(self.token_ids, decoding.max_new_tokens, config.max_position_embeddings)
+        self.batches = form_batches(self.token_ids, batch_size)[rank::num_processes]
+        self.share = [self.prompts[i] for batch in self.batches for i in batch]
+        self.notes: dict[str, Any] = {}
+        self.settings = {
+            "max_length": max_length,
+            "dtype": dtype,
+            "model_version": model_version(path, getattr(config, "_commit_hash", None)),
+            "prompts_sha256": hash_prompts(self.prompts),  # another prompt changes the batches
+        }
+
+    def generate(self, prompts: list[Prompt], keep: Callable[[Prompt, list[str]], None]) -> None:
+        """See `Engine`; a batch of which some prompts are finished is computed again as a whole.
+
+        Raises:
+            InputError: the weights cannot be loaded, or a batch does not fit into the GPU's memory.
+        """
+        if not prompts:
+            return
+        todo, num_samples = set(prompts), self.decoding.num_samples
+        model = load_llm(self.path, self.dtype, self.tokenizer)
+        stop = StopStringCriteria(self.tokenizer, list(self.stop_strings))  # once: it embeds the whole vocabulary
+        for batch in self.batches:
+            if todo.isdisjoint(self.prompts[i] for i in batch):
+                continue
+            seeds = [derive_seed(self.seed, self.prompts[i].query_id, n) for i in batch for n in range(num_samples)]
+            ids = [self.token_ids[i] for i in batch]
+            try:
+                texts = continue_prompts(
+                    model, self.tokenizer, token_ids=ids, seeds=seeds, decoding=self.decoding, stop=stop
+                )
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"{len(batch)} prompts x {num_samples} responses at a time do not fit into the GPU's memory; "
+                    "expected a smaller --per_device_eval_batch_size; finished responses are kept"
+                ) from error
+            for place, i in enumerate(batch):
+                if self.prompts[i] in todo:
+                    keep(self.prompts[i], texts[place * num_samples : (place + 1) * num_samples])

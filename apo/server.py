@@ -1,5 +1,6 @@
-"""Completions from a server that speaks the OpenAI protocol (vLLM, SGLang, OpenAI): asked many at a time, and again
-where that can help.
+"""Responses from an OpenAI-compatible server (vLLM, SGLang, OpenAI), many requests at a time.
+
+The `openai` client retries what can be retried: failed connections, time-outs, and the statuses 408, 409, 429 and 5xx.
 """
 
 from __future__ import annotations
@@ -8,133 +9,170 @@ import argparse
 import json
 import logging
 import os
-import random
 import threading
-import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from typing import Any
 
 from apo.cli import InputError, describe
+from apo.generation import derive_seed
 from apo.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
 REFUSED_PROMPT = (400, 413, 422)  # HTTP statuses that are about this one request
-MAX_BACKOFF = 8.0  # seconds
-MAX_REASON = 300  # characters of a server's own words
-NO_KEY = "none"  # servers of one's own ask for no key, the client's library does
-KEPT = "all answers so far are kept: the same command goes on from there"
+MAX_REASON = 300  # characters of a server's message
+NO_KEY = "none"  # local servers need no key, but the client does
+KEPT = "all responses so far are kept: the same command resumes"
 
 
 class RefusedPromptError(InputError):
-    """The server will not answer this prompt, whenever it is asked: too long, against its rules, a wrong setting."""
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What came back for one request."""
-
-    text: str
-    is_truncated: bool  # at the largest number of new tokens
-    prompt_tokens: int
-    completion_tokens: int
-    num_retries: int
+    """The server will never accept this prompt: it is too long, against the server's rules, or a setting is wrong."""
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say which server to ask, and how."""
-    server = parser.add_argument_group(
-        "server", "the key, if it wants one, comes from OPENAI_API_KEY and is never shown"
-    )
-    server.add_argument(
-        "--base_url", help="for example http://localhost:8000/v1 (default: OPENAI_BASE_URL, else OpenAI)"
-    )
-    server.add_argument("--concurrency", type=int, default=16, help="requests at a time (default: 16)")
-    server.add_argument("--timeout", type=float, default=600, help="seconds that one try may take (default: 600)")
-    server.add_argument(
-        "--max_retries", type=int, default=8, help="tries after the first, further and further apart (8)"
-    )
-    server.add_argument(
+    """Adds the flags of a server."""
+    group = parser.add_argument_group("server", "a key, if needed, is read from OPENAI_API_KEY and never shown")
+    add = group.add_argument
+    add("--base_url", help="for example http://localhost:8000/v1 (default: OPENAI_BASE_URL, else OpenAI)")
+    add("--concurrency", type=int, default=16, help="requests at a time (default: 16)")
+    add("--timeout", type=float, default=600, help="seconds that one request may take (default: 600)")
+    add("--max_retries", type=int, default=8, help="retries of a request, with exponential back-off (default: 8)")
+    add(
         "--skip_refused",
         action="store_true",
         help="leave out and name prompts that the server refuses, such as too long ones, instead of ending the run; "
-        "the next run asks them again",
+        "the next run retries them",
     )
 
 
-def check_server_flags(args: argparse.Namespace) -> None:
+def check_server_flags(flags: argparse.Namespace) -> None:
     """Refuses values that cannot work.
 
     Raises:
         InputError: with flag, value and what is expected.
     """
     for name, least in (("concurrency", 1), ("max_retries", 0)):
-        if getattr(args, name) < least:
-            raise InputError(f"--{name} {getattr(args, name)}: expected a whole number of at least {least}")
-    if not args.timeout > 0:
-        raise InputError(f"--timeout {args.timeout:g}: expected a positive number of seconds")
-    if not (args.base_url or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY")):
+        if getattr(flags, name) < least:
+            raise InputError(f"--{name} {getattr(flags, name)}: expected a whole number of at least {least}")
+    if not flags.timeout > 0:
+        raise InputError(f"--timeout {flags.timeout:g}: expected a positive number of seconds")
+    if not (flags.base_url or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY")):
         raise InputError("found neither --base_url nor OPENAI_API_KEY in the environment, expected one of them")
 
 
-class CompletionClient:
-    """Asks an OpenAI-compatible server, again where that can help."""
+class ServerEngine:
+    """An `apo.generation.Engine` with an OpenAI-compatible server.
 
-    def __init__(self, base_url: str | None, *, timeout: float, max_retries: int) -> None:
+    `usage` counts `responses`, those `truncated` at the largest number of new tokens, `retries`, and the server's own
+    `prompt_tokens` and `completion_tokens`, of the prompts that were kept.
+    """
+
+    def __init__(
+        self,
+        rendered: dict[Prompt, Any],
+        body: dict[str, Any],
+        flags: argparse.Namespace,
+        *,
+        num_samples: int,
+        seed: int | None,
+    ) -> None:
+        """Makes the client; connects to no server yet.
+
+        Args:
+            rendered: prompt -> its text, or the messages of a chat.
+            body: the fields that all requests have.
+            flags: see `add_server_flags`.
+            num_samples: responses of a prompt, each one request.
+            seed: of the run; None: requests have no seed.
+
+        Raises:
+            InputError: wrong flags, or a key that cannot be one.
+        """
         import openai
 
+        check_server_flags(flags)
         for name in ("openai", "httpx", "httpx2"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # a line a request otherwise
-        self._openai = openai
+            logging.getLogger(name).setLevel(logging.WARNING)  # otherwise one line per request
         self._key = os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY
         if not (self._key.isascii() and self._key.isprintable()):  # the error of the HTTP library would show it
             raise InputError("OPENAI_API_KEY: found characters that no key has, expected printable ASCII")
-        self._max_retries = max_retries
+        options = {"base_url": flags.base_url, "timeout": flags.timeout, "max_retries": flags.max_retries}
         try:
-            self._client = openai.OpenAI(
-                base_url=base_url, api_key=self._key, timeout=timeout, max_retries=max_retries
-            )
-        except Exception as error:  # the kinds that its HTTP library has for an address it cannot read
-            raise InputError(f"--base_url {base_url}: found no web address ({error}), expected http://...") from error
-
-    @property
-    def base_url(self) -> str:
-        """The server's address, without a password that may stand in it."""
+            self._client = openai.OpenAI(api_key=self._key, **options)
+        except Exception as error:  # the HTTP library has several types for a bad address
+            raise InputError(
+                f"--base_url {flags.base_url}: found no web address ({error}), expected http://..."
+            ) from error
+        self._api_error = openai.APIError
+        self._rendered, self._body, self._num_samples, self._seed = rendered, body, num_samples, seed
+        self._concurrency, self._skip_refused = flags.concurrency, flags.skip_refused
+        self.usage: Counter[str] = Counter()
         url = self._client.base_url
-        return f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")
+        self.base_url = f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")  # without a password
+        self.settings: dict[str, Any] = {}
+        self.notes = {"base_url": self.base_url}
+        self.share = list(rendered)
 
-    def complete(self, request: Mapping[str, Any]) -> Completion:
-        """Sends one request, to the chat endpoint if it has messages.
-
-        Connections that fail or break off, time-outs, and the statuses 408, 409, 429 and 5xx are tried again by the
-        library, with exponential back-off and jitter, or after as long as the server says; answers that are no JSON,
-        or not of the right form, by us. Both count against the same `max_retries`.
+    def generate(self, prompts: list[Prompt], keep: Callable[[Prompt, list[str]], None]) -> None:
+        """See `Engine`. After a failure or Ctrl-C no new prompt is sent; responses under way are awaited and kept.
 
         Raises:
-            RefusedPromptError: status 400, 413 or 422.
-            InputError: any other failure, after the retries.
+            InputError: a request failed after its retries, or the server refused a prompt.
         """
-        num_tries = 0  # whose answers could not be read, and those before them
-        while num_tries <= self._max_retries:
-            client = self._client.with_options(max_retries=self._max_retries - num_tries)
-            endpoint = client.chat.completions if "messages" in request else client.completions
-            try:
-                raw = endpoint.with_raw_response.create(**request)
-            except self._openai.APIError as error:
-                raise self._input_error(error) from None  # the library's own error holds the key
-            try:
-                return _parse_completion(raw.http_response.text, num_tries + raw.retries_taken)
-            except (ValueError, LookupError, TypeError, AttributeError) as error:
-                found = f"{type(error).__name__}: {error}"
-            num_tries += raw.retries_taken + 1
-            if num_tries <= self._max_retries:
-                time.sleep(min(0.5 * 2 ** (num_tries - 1), MAX_BACKOFF) * random.uniform(0.75, 1))
-        raise InputError(
-            f"{self.base_url}: found an answer that cannot be read ({found}) in {num_tries} tries, "
-            f"expected the JSON of the OpenAI protocol; {KEPT}"
-        )
+        lock = threading.Lock()
+
+        def respond(prompt: Prompt) -> None:
+            completions = [self._complete(prompt, sample) for sample in range(self._num_samples)]
+            with lock:  # in the thread of the request: Ctrl-C cannot come between the response and the disk
+                keep(prompt, [text for text, _ in completions])
+                self.usage += sum((usage for _, usage in completions), Counter())
+
+        pool = ThreadPoolExecutor(self._concurrency)
+        try:
+            futures = {pool.submit(respond, prompt): prompt for prompt in prompts}
+            for future in as_completed(futures):
+                self._check(futures[future], future.exception())
+        except KeyboardInterrupt:
+            logger.warning("interrupted: waiting for the responses under way, which are kept")
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _check(self, prompt: Prompt, error: BaseException | None) -> None:
+        if isinstance(error, RefusedPromptError):
+            place = f"{prompt.place}, id {prompt.query_id}"
+            if not self._skip_refused:
+                raise InputError(
+                    f"{place}: the server refused it with {error}; fix it, or leave out such prompts with "
+                    f"--skip_refused; {KEPT}"
+                )
+            logger.warning("%s: refused with %s", place, error)
+        elif error is not None:
+            raise error
+
+    def _complete(self, prompt: Prompt, sample: int) -> tuple[str, Counter[str]]:
+        """Sends the request of one response; returns its text and usage."""
+        body = dict(self._body)
+        if self._seed is not None:
+            body["seed"] = derive_seed(self._seed, prompt.query_id, sample)
+        text = self._rendered[prompt]
+        try:
+            if isinstance(text, str):
+                raw = self._client.completions.with_raw_response.create(prompt=text, **body)
+            else:
+                raw = self._client.chat.completions.with_raw_response.create(messages=text, **body)
+        except self._api_error as error:
+            raise self._input_error(error) from None  # the client's error holds the key
+        try:
+            text, usage = _parse_completion(raw.http_response.text)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{self.base_url}: found a response that cannot be read ({type(error).__name__}: {error}), "
+                f"expected the JSON of the OpenAI protocol; {KEPT}"
+            ) from error
+        return text, usage + Counter(retries=raw.retries_taken)
 
     def _input_error(self, error: Exception) -> InputError:
         status = getattr(error, "status_code", None)
@@ -144,84 +182,24 @@ class CompletionClient:
         reason = " ".join(reason.split())[:MAX_REASON]
         if status in REFUSED_PROMPT:
             return RefusedPromptError(f"status {status} ({reason})")
-        if status is None:
-            hint = f"in {self._max_retries + 1} tries, expected a running server there"
-        elif status in (401, 403):
-            hint = "expected OPENAI_API_KEY to hold a key that it accepts"
-        elif status == 404:
-            hint = "expected a base_url that ends in /v1 as a rule, and the name of a model served there"
-        else:
-            hint = "after the retries, expected an answer"
-        found = "no answer" if status is None else f"status {status}"
-        return InputError(f"{self.base_url}: found {found} ({reason}) {hint}; {KEPT}")
+        expected = {
+            None: "expected a running server there",
+            401: "expected OPENAI_API_KEY to hold a key that it accepts",
+            403: "expected OPENAI_API_KEY to hold a key that it accepts",
+            404: "expected a base_url that usually ends in /v1, and the name of a model that it serves",
+        }.get(status, "expected a response after the retries")
+        found = "no response" if status is None else f"status {status}"
+        return InputError(f"{self.base_url}: found {found} ({reason}), {expected}; {KEPT}")
 
 
-def _parse_completion(body: str, num_retries: int) -> Completion:
-    """Reads the body of an answer; raises ValueError, LookupError, TypeError or AttributeError if it is none."""
-    answer = json.loads(body)
-    choice = answer["choices"][0]
+def _parse_completion(body: str) -> tuple[str, Counter[str]]:
+    """Reads text and usage; raises ValueError, LookupError, TypeError or AttributeError for another body."""
+    completion = json.loads(body)
+    choice = completion["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     if not isinstance(text, str | None):
         raise TypeError(f"the text is {describe(text)}")
-    usage = answer.get("usage") or {}
-    return Completion(
-        text=text or "",
-        is_truncated=choice.get("finish_reason") == "length",
-        prompt_tokens=usage.get("prompt_tokens") or 0,
-        completion_tokens=usage.get("completion_tokens") or 0,
-        num_retries=num_retries,
-    )
-
-
-def complete_all(
-    client: CompletionClient,
-    requests: Mapping[Prompt, list[dict[str, Any]]],
-    *,
-    keep: Callable[[Prompt, list[Completion]], None],
-    concurrency: int,
-    skip_refused: bool,
-) -> None:
-    """Sends the requests of many prompts, those of one prompt one after another.
-
-    After a failure, and on Ctrl-C, no new prompt is begun; those under way are waited for and kept.
-
-    Args:
-        requests: prompt -> its requests, one a response.
-        keep: is given each prompt with its completions as soon as it has them all, in any order, one at a time. It
-            runs in the thread that asked, where no Ctrl-C comes between answer and disk.
-        concurrency: prompts, and so requests, at a time.
-        skip_refused: a refused prompt is named and passed over instead of ending the run.
-
-    Raises:
-        InputError: the server gave up on us, or refused a prompt.
-    """
-    lock = threading.Lock()
-
-    def ask(prompt: Prompt) -> None:
-        completions = [client.complete(request) for request in requests[prompt]]
-        with lock:
-            keep(prompt, completions)
-
-    pool = ThreadPoolExecutor(concurrency)
-    try:
-        prompts = {pool.submit(ask, prompt): prompt for prompt in requests}
-        for future in as_completed(prompts):
-            prompt, error = prompts[future], future.exception()
-            if isinstance(error, RefusedPromptError) and skip_refused:
-                logger.warning("%s, id %s: refused with %s", prompt.place, prompt.query_id, error)
-            elif error is not None:
-                raise _name_prompt(error, prompt)
-    except KeyboardInterrupt:
-        logger.warning("interrupted: waiting for the answers under way, which are kept")
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _name_prompt(error: BaseException, prompt: Prompt) -> BaseException:
-    if not isinstance(error, RefusedPromptError):
-        return error
-    return InputError(
-        f"{prompt.place}, id {prompt.query_id}: the server refused it with {error}; mend it, or leave out such "
-        f"prompts with --skip_refused; {KEPT}"
-    )
+    usage = Counter(responses=1, truncated=choice.get("finish_reason") == "length")
+    for name in ("prompt_tokens", "completion_tokens"):
+        usage[name] = (completion.get("usage") or {}).get(name) or 0
+    return text or "", usage

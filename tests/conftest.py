@@ -152,8 +152,8 @@ def rewards_of(
 
 
 @pytest.fixture(scope="session")
-def one_server(base_llama: Path) -> Iterator[CompletionServer]:
-    with running(base_llama) as server:
+def one_server() -> Iterator[CompletionServer]:
+    with running() as server:
         yield server
 
 

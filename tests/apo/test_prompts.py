@@ -1,8 +1,7 @@
-"""Prompts and the forms of dialogues and responses."""
+"""Prompts, dialogues and the form of responses."""
 
 import gzip
 import json
-from dataclasses import replace
 
 import pytest
 from conftest import pair, write_records
@@ -11,12 +10,9 @@ from apo.cli import BadField, InputError
 from apo.prompts import (
     GOLDEN_STOP_STRINGS,
     SAMPLE_STOP_STRINGS,
-    Decoding,
     Prompt,
-    answered_prompts,
     chat_messages,
     count_cuts,
-    derive_seed,
     format_response,
     hash_prompts,
     llama_2_chat_text,
@@ -25,9 +21,6 @@ from apo.prompts import (
 from apo.records import load_prompts
 
 DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Why?\n\nAssistant:"
-
-
-# ------------------------------------------------------------------------------------------------ prompts
 
 
 def test_prompts_of_pairs_and_of_queries_are_the_same(tmp_path):
@@ -66,7 +59,7 @@ def test_json_lines_and_gzip_are_read_and_are_the_same_prompts(tmp_path):
         ),
     ],
 )
-def test_wrong_records_are_named(records, data_type, message, tmp_path):
+def test_errors_name_the_record(records, data_type, message, tmp_path):
     with pytest.raises(InputError, match=message):
         load_prompts(write_records(tmp_path / "p.json", records), data_type)
 
@@ -91,13 +84,13 @@ def test_dialogue_becomes_messages():
         ("\n\nHuman: a\n\nb\n\nAssistant:", [("user", "a\n\nb")]),
     ],
 )
-def test_odd_dialogues_alternate_all_the_same(query, expected):
+def test_roles_alternate_in_unusual_dialogues(query, expected):
     assert [(m["role"], m["content"]) for m in chat_messages(query)] == expected
 
 
 @pytest.mark.parametrize("query", ["\n\nHuman: a\n\nAssistant: Sure, ", "\n\nAssistant:", "\n\nHuman:"])
 def test_dialogue_must_end_with_the_user(query):
-    with pytest.raises(BadField, match="a dialogue whose last words are the user's"):
+    with pytest.raises(BadField, match="a dialogue that ends with a user turn"):
         chat_messages(query)
 
 
@@ -131,7 +124,7 @@ def test_response_has_the_form_of_the_data(text, response):
 
 
 def test_lines_about_humans_are_cut_from_samples_only():
-    """The reference cuts samples at "\\nHuman"; a golden answer may have such a line."""
+    """The reference cuts sampled responses at "\\nHuman"; a golden response may have such a line."""
     texts = ["Yes:\nHumans need water.", "See\nHuman Resources: 3rd floor", "Yes.\nHuman: And?", "Human: I am."]
     golden = [" Yes:\nHumans need water.", " See\nHuman Resources: 3rd floor", " Yes.", " Human: I am."]
     assert [format_response(text, GOLDEN_STOP_STRINGS) for text in texts] == golden
@@ -142,40 +135,6 @@ def test_lines_about_humans_are_cut_from_samples_only():
         " Human: I am.",
     ]
     assert (count_cuts(texts, GOLDEN_STOP_STRINGS), count_cuts(texts, SAMPLE_STOP_STRINGS)) == (1, 3)
-
-
-def test_seed_of_a_response_depends_on_all_three():
-    seeds = {derive_seed(seed, query_id, n) for seed in (1, 2) for query_id in ("1", "11") for n in (1, 11)}
-    assert len(seeds) == 8 and all(0 <= seed < 2**31 for seed in seeds)
-    assert derive_seed(42, "a", 0) == derive_seed(42, "a", 0)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_samples": 0}, "--num_samples 0: expected at least 1"),
-        ({"temperature": -1.0}, "--temperature -1.0"),
-        ({"temperature": float("nan")}, "--temperature nan"),
-        ({"temperature": 0.0}, "--temperature 0 --num_samples 4: expected 1"),
-        ({"top_p": 0.0}, "--top_p 0.0: expected more than 0"),
-        ({"top_k": -1}, "--top_k -1"),
-        ({"repetition_penalty": 0.0}, "--repetition_penalty 0.0"),
-        ({"max_new_tokens": 0}, "--max_new_tokens 0"),
-    ],
-)
-def test_decoding_that_cannot_work_is_refused(change, message):
-    decoding = Decoding(4, 1.0, 0, 1.0, 1.0, 8)
-    decoding.check()
-    with pytest.raises(InputError, match=message):
-        replace(decoding, **change).check()
-
-
-def test_refused_prompts_are_left_out_and_named(caplog):
-    prompts = [Prompt("", "a", "A"), Prompt("", "b", "B")]
-    assert answered_prompts(prompts, {prompts[0].key: [" x"]}) == prompts[:1]
-    assert "1 prompts refused by the server, left out: b; the same command asks them again" in caplog.text
-    with pytest.raises(InputError, match="refused all 2 prompts"):
-        answered_prompts(prompts, {})
 
 
 def test_key_of_a_prompt_changes_with_id_and_text_and_not_with_its_place():

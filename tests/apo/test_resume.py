@@ -1,4 +1,4 @@
-"""What is kept of a run that was killed: every whole part, and never one of other settings."""
+"""The store keeps every complete item and mixes no settings; the loop survives any interruption."""
 
 import pytest
 from conftest import read_json
@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apo.cli import InputError
-from apo.resume import ResultStore, model_version, refuse_overwriting
+from apo.resume import ResultStore, complete_items, model_version, refuse_overwriting
 
 SETTINGS = {"seed": 1}
 RESPONSES = {"a": [" é", " two\nlines"], "b": ["", " x"], "c": []}
@@ -24,14 +24,14 @@ def partial_files(folder) -> list:
     return sorted(folder.glob("*.partial.jsonl"))
 
 
-def test_store_gives_back_what_all_processes_and_runs_kept(tmp_path):
+def test_items_of_all_processes_and_runs_are_loaded(tmp_path):
     filled(tmp_path)
     filled(tmp_path, rank=1, responses={"d": [" d"]})
     filled(tmp_path, responses={"e": [" e"]})
     assert ResultStore(tmp_path / "x_results.json", SETTINGS, 5).load() == RESPONSES | {"d": [" d"], "e": [" e"]}
 
 
-def test_other_settings_never_mix_and_are_named(tmp_path, caplog):
+def test_settings_never_mix_and_others_are_logged(tmp_path, caplog):
     filled(tmp_path)
     other = ResultStore(tmp_path / "x_results.json", {"seed": 2})
     assert other.load() == {}
@@ -41,54 +41,47 @@ def test_other_settings_never_mix_and_are_named(tmp_path, caplog):
 
 
 @given(st.integers(min_value=0))
-def test_a_torn_file_loses_its_last_line_at_most(tmp_path_factory, cut):
-    """Cut anywhere, as by a kill in the middle of writing: what is left is read, and what is added later as well."""
+def test_only_an_incomplete_last_line_is_lost(tmp_path_factory, cut):
+    """Cut anywhere, as by a kill while writing: what is left is read, and so is what is added later."""
     folder = tmp_path_factory.mktemp("store")
     store = filled(folder)
     path = partial_files(folder)[0]
     data = path.read_bytes()
     data = data[: len(data) - cut % len(data)]
     path.write_bytes(data)
-    left = store.load()
-    assert len(left) >= data.count(b"\n") and left == {key: RESPONSES[key] for key in left}
-    filled(folder, responses={key: texts for key, texts in RESPONSES.items() if key not in left})
+    rest = store.load()
+    assert len(rest) >= data.count(b"\n") and rest == {key: RESPONSES[key] for key in rest}
+    filled(folder, responses={key: texts for key, texts in RESPONSES.items() if key not in rest})
     assert store.load() == RESPONSES
 
 
-def test_finish_leaves_result_and_settings_only(tmp_path):
+def test_finish_writes_result_and_settings_and_deletes_the_rest(tmp_path):
     store = filled(tmp_path)
-    assert not store.is_finished()
+    assert store.load_result() is None
     store.finish([{"query_id": "a"}])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x_results.json", "x_results.settings.json"]
     assert read_json(tmp_path / "x_results.json") == [{"query_id": "a"}]
-    assert store.is_finished()
-    assert not ResultStore(tmp_path / "x_results.json", {"seed": 2}).is_finished()
+    assert store.load_result() == [{"query_id": "a"}]
+    assert ResultStore(tmp_path / "x_results.json", {"seed": 2}).load_result() is None
 
 
 @pytest.mark.parametrize("name", ["x_results.json", "x_results.settings.json"])
-def test_a_result_that_was_changed_is_not_finished(tmp_path, name):
+@pytest.mark.parametrize("content", ["[]", "{", ""])
+def test_a_changed_result_is_not_used(tmp_path, name, content):
     store = filled(tmp_path)
     store.finish([{"query_id": "a"}])
-    (tmp_path / name).write_text("[]")
-    assert not store.is_finished()
+    (tmp_path / name).write_text(content)
+    assert store.load_result() is None
 
 
 def test_two_processes_may_finish(tmp_path):
     first, second = filled(tmp_path), filled(tmp_path, rank=1)
     first.finish([])
     second.finish([])
-    assert second.load() == {} and second.is_finished()
+    assert second.load() == {} and second.load_result() == []
 
 
-def test_a_result_is_read_back_by_its_own_settings_only(tmp_path):
-    store = filled(tmp_path)
-    assert store.load_result() == []
-    store.finish([{"query_id": "é"}])
-    assert store.load_result() == [{"query_id": "é"}]
-    assert ResultStore(tmp_path / "x_results.json", {"seed": 2}).load_result() == []
-
-
-def test_changed_notes_are_named_and_lose_nothing(tmp_path, caplog):
+def test_a_changed_note_is_a_warning_only(tmp_path, caplog):
     def store(url: str) -> ResultStore:
         return ResultStore(tmp_path / "x_results.json", SETTINGS, notes={"base_url": url})
 
@@ -107,12 +100,71 @@ def test_changed_notes_are_named_and_lose_nothing(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("name", ["file/x.json", "folder.json"])
-def test_a_place_that_cannot_be_written_is_found_before_the_work(tmp_path, name):
+def test_a_bad_path_is_an_error_before_the_work(tmp_path, name):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(InputError, match=rf"{name}: cannot be written \(.+\), expected a place") as caught:
         ResultStore(tmp_path / name, SETTINGS).open()
     assert "\n" not in str(caught.value)
+
+
+def squares(folder, share: list[str] | None = None, rank: int = 0, num_items: int | None = None, read=None):
+    """Squares 0 to 5 in the process of a rank, interrupted after `num_items`; returns the records and the work."""
+    seen: list[int] = []
+
+    def work(todo: dict[str, int], keep) -> None:
+        for key, number in todo.items():
+            if len(seen) == num_items:
+                raise KeyboardInterrupt
+            keep(key, [number**2])
+            seen.append(number)
+
+    def make_records(values: dict[str, list[int]]) -> list[dict]:
+        return [{"key": key, "square": values[key][0]} for key in "012345"]
+
+    store = ResultStore(folder / "x.json", SETTINGS, rank)
+    items = {str(number): number for number in range(6)}
+    records = complete_items(
+        store, items, work, make_records, noun="numbers", share=share, read_record=read, progress=False
+    )
+    return records, seen
+
+
+def read_square(record: dict) -> tuple[str, list[int]]:
+    return record["key"], [record["square"]]
+
+
+SQUARES = [{"key": str(number), "square": number**2} for number in range(6)]
+
+
+@given(st.lists(st.integers(0, 5), max_size=4), st.permutations("012345"), st.integers(1, 4))
+def test_any_interruption_ends_with_the_same_file_and_no_work_twice(tmp_path_factory, stops, order, num_processes):
+    """Interrupted by some processes, then completed by others in turn: the last one writes the result."""
+    folder = tmp_path_factory.mktemp("loop")
+    num_kept = 0
+    for stop in stops:
+        if stop < 6 - num_kept:
+            with pytest.raises(KeyboardInterrupt):
+                squares(folder, order, rank=stop, num_items=stop)
+            num_kept += stop
+    assert not (folder / "x.json").exists()
+    results = [squares(folder, order[rank::num_processes], rank, read=read_square) for rank in range(num_processes)]
+    assert [records for records, _ in results if records] == [SQUARES] == [read_json(folder / "x.json")]
+    assert sum(len(seen) for _, seen in results) == 6 - num_kept
+    assert sorted(path.name for path in folder.iterdir()) == ["x.json", "x.settings.json"]
+
+
+def test_a_finished_result_is_read_if_it_can_be(tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert squares(tmp_path)[1] == squares(tmp_path)[1] == list(range(6))
+    records, seen = squares(tmp_path, read=read_square)
+    assert records is None and seen == [] and "already exists, with these settings" in caplog.text
+
+
+def test_a_process_without_work_writes_nothing_while_others_are_at_work(tmp_path, caplog):
+    caplog.set_level("INFO")
+    assert squares(tmp_path, share=[]) == (None, []) and list(tmp_path.iterdir()) == []
+    assert "other processes have not finished their share" in caplog.text
 
 
 def test_the_data_are_not_overwritten(tmp_path, monkeypatch):

@@ -1,23 +1,23 @@
-"""Seeded sampling: each response from its own random stream, whatever stands beside it."""
+"""Seeded sampling: each response has its own random stream and depends on no other."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import load_model, make_bpe_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StopStringCriteria
 
+from apo import sampling
 from apo.cli import InputError
-from apo.prompts import Decoding, Prompt
+from apo.generation import Decoding
+from apo.prompts import Prompt
 from apo.sampling import (
     GumbelNoise,
-    UserTurn,
+    LocalEngine,
     check_positions,
     form_batches,
-    generate,
     load_llm,
     load_tokenizer,
-    sample_batches,
     sampling_steps,
     tokenize,
 )
@@ -29,7 +29,6 @@ QUERIES = [
     "What is it?",
     "Tell me more about the sea, please.",
 ]
-STOP_STRINGS = ("\nHuman",)
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +37,14 @@ def llm(base_llama):
     return load_llm(str(base_llama), "float32", tokenizer), tokenizer
 
 
-def continue_prompts(llm, token_ids: list[list[int]], seeds: list[int], **options) -> list[str]:
-    return generate(*llm, token_ids=token_ids, seeds=seeds, **options)
+def continue_prompts(llm, token_ids, seeds, *, stop_string: str = "\nHuman", **changes) -> list[str]:
+    stop = StopStringCriteria(llm[1], [stop_string])
+    decoding = replace(DECODING, **changes)
+    return sampling.continue_prompts(*llm, token_ids=token_ids, seeds=seeds, decoding=decoding, stop=stop)
 
 
-def test_noise_makes_the_argmax_a_draw():
-    """Probabilities 0.5, 0.3, 0.2, none: of 4,000 draws 2000, 1200, 800, 0, give or take four standard deviations."""
+def test_argmax_with_noise_is_a_draw():
+    """Probabilities 0.5, 0.3, 0.2, none: of 4,000 draws 2000, 1200, 800, 0, within four standard deviations."""
     logits = torch.tensor([0.5, 0.3, 0.2, 0.0]).log().expand(4000, 4)
     draws = GumbelNoise(list(range(4000)), torch.device("cpu"))(None, logits).argmax(-1)
     counts = torch.bincount(draws, minlength=4)
@@ -68,37 +69,34 @@ def test_steps_come_in_the_order_of_transformers():
 
 @pytest.mark.parametrize("change", [{}, {"repetition_penalty": 1.5, "top_k": 20, "top_p": 0.9}])
 def test_a_response_does_not_depend_on_its_batch(llm, change):
-    """Not on the rows beside it, the padding they bring, or its place; the penalty does not see the padding."""
+    """Not on other rows, padding or its place; the repetition penalty does not see the padding."""
     token_ids = tokenize(llm[1], QUERIES, "plain", 64)
-    options = {"decoding": replace(DECODING, **change), "stop_strings": STOP_STRINGS}
-    alone = [continue_prompts(llm, [ids], [seed], **options)[0] for seed, ids in enumerate(token_ids)]
-    assert continue_prompts(llm, token_ids, [0, 1, 2, 3], **options) == alone
-    assert continue_prompts(llm, token_ids[::-1], [3, 2, 1, 0], **options) == alone[::-1]
+    alone = [continue_prompts(llm, [ids], [seed], **change)[0] for seed, ids in enumerate(token_ids)]
+    assert continue_prompts(llm, token_ids, [0, 1, 2, 3], **change) == alone
+    assert continue_prompts(llm, token_ids[::-1], [3, 2, 1, 0], **change) == alone[::-1]
     assert len(set(alone)) == 4
 
 
-def test_seeds_make_responses_and_the_global_state_does_not(llm):
+def test_responses_depend_on_seeds_and_not_on_the_global_state(llm):
     ids = tokenize(llm[1], QUERIES[:1], "plain", 64)
-    options = {"decoding": DECODING, "stop_strings": STOP_STRINGS}
     torch.manual_seed(1)
-    first = continue_prompts(llm, ids * 3, [1, 2, 1], **options)
+    first = continue_prompts(llm, ids * 3, [1, 2, 1])
     torch.manual_seed(2)
-    assert continue_prompts(llm, ids * 3, [1, 2, 1], **options) == first
+    assert continue_prompts(llm, ids * 3, [1, 2, 1]) == first
     assert first[0] == first[2] != first[1]
-    assert continue_prompts(llm, ids, [1, 2, 1], **options | {"decoding": replace(DECODING, num_samples=3)}) == first
+    assert continue_prompts(llm, ids, [1, 2, 1], num_samples=3) == first
 
 
 def test_temperature_0_is_greedy(llm):
     ids = tokenize(llm[1], QUERIES[:1], "plain", 64)
     greedy = llm[0].generate(torch.tensor(ids), max_new_tokens=8)[0, len(ids[0]) :]
-    options = {"decoding": replace(DECODING, temperature=0), "stop_strings": STOP_STRINGS}
-    assert continue_prompts(llm, ids, [1], **options) == [llm[1].decode(greedy, skip_special_tokens=True)]
-    options["decoding"] = replace(DECODING, top_k=1)
-    assert continue_prompts(llm, ids, [1], **options) == [llm[1].decode(greedy, skip_special_tokens=True)]
+    expected = [llm[1].decode(greedy, skip_special_tokens=True)]
+    assert continue_prompts(llm, ids, [1], temperature=0) == expected
+    assert continue_prompts(llm, ids, [1], top_k=1) == expected
 
 
-def test_decoding_is_not_left_to_the_checkpoint(base_llama, llm, tmp_path):
-    """A generation_config.json that samples coldly and penalises, as chat models ship, changes nothing but eos."""
+def test_only_end_tokens_are_read_from_generation_config(base_llama, llm, tmp_path):
+    """Chat models ship a generation_config.json with a temperature and a penalty."""
     model = AutoModelForCausalLM.from_pretrained(base_llama)
     model.generation_config.update(
         do_sample=True, temperature=0.1, top_k=1, repetition_penalty=9.0, eos_token_id=[2, 5]
@@ -108,10 +106,8 @@ def test_decoding_is_not_left_to_the_checkpoint(base_llama, llm, tmp_path):
     loaded = load_llm(str(tmp_path), "float32", llm[1])
     assert loaded.generation_config.eos_token_id == [2, 5] and loaded.generation_config.pad_token_id == 2
     ids = tokenize(llm[1], QUERIES, "plain", 64)
-    options = {"decoding": replace(DECODING, max_new_tokens=4), "stop_strings": STOP_STRINGS}
-    assert continue_prompts((loaded, llm[1]), ids, [0, 1, 2, 3], **options) == continue_prompts(
-        llm, ids, [0, 1, 2, 3], **options
-    )
+    expected = continue_prompts(llm, ids, [0, 1, 2, 3], max_new_tokens=4)
+    assert continue_prompts((loaded, llm[1]), ids, [0, 1, 2, 3], max_new_tokens=4) == expected
 
 
 def test_an_end_token_of_id_0_is_kept(base_llama, llm, tmp_path):
@@ -121,43 +117,74 @@ def test_an_end_token_of_id_0_is_kept(base_llama, llm, tmp_path):
     assert load_llm(str(tmp_path), "float32", llm[1]).generation_config.eos_token_id == 0
 
 
-def test_a_prompt_of_one_token_is_answered(llm):
-    assert len(continue_prompts(llm, [[1], [1]], [1, 2], decoding=DECODING, stop_strings=STOP_STRINGS)) == 2
+def test_a_prompt_of_one_token_has_responses(llm):
+    assert len(continue_prompts(llm, [[1], [1]], [1, 2])) == 2
 
 
-def test_a_row_that_plays_the_user_is_stopped(llm):
-    """Two rows: the prompt's own turns do not count, nor does half a stop_string."""
-    tokenizer = llm[1]
-    prompt = tokenizer("a\nHuman b", add_special_tokens=False).input_ids
-    new = [tokenizer(text, add_special_tokens=False).input_ids for text in ("a b c\n\nHuman", "a b c d e\n\nHum")]
-    rows = [prompt + ids[-6:] if len(ids) >= 6 else None for ids in new]
-    assert None not in rows
-    stop = UserTurn(tokenizer, len(prompt), STOP_STRINGS)
-    assert stop(torch.tensor(rows), None).tolist() == [True, False]
-    assert stop(torch.tensor(rows)[:, : len(prompt)], None).tolist() == [False, False]
+def test_a_response_stops_at_a_stop_string_and_is_the_same_up_to_it(llm):
+    """The stop string is what one of four responses holds; only this one ends there, and nothing before changes."""
+    ids = tokenize(llm[1], QUERIES, "plain", 64)
+    whole = continue_prompts(llm, ids, [0, 1, 2, 3], max_new_tokens=24)
+    stop_string = whole[1][10:14]
+    cut = continue_prompts(llm, ids, [0, 1, 2, 3], max_new_tokens=24, stop_string=stop_string)
+    assert len(cut[1]) < len(whole[1])
+    for short, long in zip(cut, whole, strict=True):
+        assert short == long if stop_string not in long else short.split(stop_string)[0] == long.split(stop_string)[0]
 
 
-def test_samples_of_a_prompt_stay_together(llm):
-    prompts = [Prompt("", str(i), query) for i, query in enumerate(QUERIES)]
-    token_ids = tokenize(llm[1], QUERIES, "plain", 64)
-    options = {"decoding": replace(DECODING, num_samples=2), "seed": 1, "stop_strings": STOP_STRINGS}
-    options |= {"prompts": prompts, "token_ids": token_ids}
-    together = {p.query_id: t for p, t in sample_batches(*llm, batches=[[3, 1], [0, 2]], **options)}
-    apart = {p.query_id: t for p, t in sample_batches(*llm, batches=[[0], [1], [2], [3]], **options)}
-    assert together == apart and list(together) == ["3", "1", "0", "2"]
-    assert all(len(set(texts)) == 2 for texts in together.values())
+@pytest.fixture
+def make_engine(base_llama):
+    def make(batch_size: int, rank: int = 0, num_processes: int = 1) -> LocalEngine:
+        rendered = {Prompt("", str(i), query): query for i, query in enumerate(QUERIES)}
+        return LocalEngine(
+            str(base_llama),
+            AutoConfig.from_pretrained(base_llama),
+            rendered,
+            template="plain",
+            decoding=replace(DECODING, num_samples=2),
+            seed=1,
+            max_length=64,
+            batch_size=batch_size,
+            dtype="float32",
+            rank=rank,
+            num_processes=num_processes,
+        )
+
+    return make
 
 
-def test_batches_are_of_similar_length_and_hold_everything_once():
+def run(engine: LocalEngine, prompts: list[Prompt]) -> dict[str, list[str]]:
+    texts: dict[str, list[str]] = {}
+    engine.generate(prompts, lambda prompt, responses: texts.update({prompt.query_id: responses}))
+    return texts
+
+
+def test_responses_depend_neither_on_batches_nor_on_processes(make_engine):
+    whole = make_engine(3)
+    texts = run(whole, whole.share)
+    assert list(texts) == ["1", "3", "2", "0"] and all(len(set(responses)) == 2 for responses in texts.values())
+    engines = [make_engine(1, rank, 3) for rank in range(3)]
+    assert {key: value for engine in engines for key, value in run(engine, engine.share).items()} == texts
+    assert whole.settings == engines[0].settings
+    some = whole.share[1:3]
+    assert run(whole, some) == {prompt.query_id: texts[prompt.query_id] for prompt in some}
+
+
+def test_without_prompts_no_model_is_loaded(make_engine, monkeypatch):
+    monkeypatch.setattr(sampling, "load_llm", None)
+    assert run(make_engine(1, 4, 5), []) == {}
+
+
+def test_batches_hold_prompts_of_similar_length():
     lengths = [3, 9, 1, 9, 4]
     assert form_batches([[0] * n for n in lengths], 2) == [[1, 3], [4, 0], [2]]
 
 
-def test_long_prompts_lose_their_front_and_keep_bos(llm, caplog):
+def test_long_prompts_keep_bos_and_their_last_tokens(llm, caplog):
     [whole] = tokenize(llm[1], QUERIES[1:2], "plain", 64)
     [cut] = tokenize(llm[1], QUERIES[1:2], "plain", 5)
     assert cut == [llm[1].bos_token_id, *whole[-4:]]
-    assert "1 of 1 prompts cut in front to 5 tokens" in caplog.text
+    assert "1 of 1 prompts cut to their last 5 tokens" in caplog.text
     assert tokenize(llm[1], QUERIES[1:2], "plain", len(whole)) == [whole]
 
 
@@ -179,7 +206,7 @@ def test_llama_2_chat_turns_hold_bos_and_eos(base_llama):
     assert ids[0] == 1 and ids.count(1) == 2 and ids.count(2) == 1
 
 
-def test_a_model_without_chat_template_says_so(base_llama):
+def test_a_missing_chat_template_is_named(base_llama):
     with pytest.raises(InputError, match="found no chat template in the tokenizer; --prompt_template plain"):
         load_tokenizer(str(base_llama), "chat")
 
@@ -193,7 +220,7 @@ def test_a_broken_tokenizer_is_one_line(base_llama, tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-def test_an_error_without_words_is_named(monkeypatch):
+def test_an_error_without_message_is_named(monkeypatch):
     def fail(path: str) -> None:
         raise ValueError
 
@@ -202,14 +229,14 @@ def test_an_error_without_words_is_named(monkeypatch):
         load_tokenizer("somewhere", "plain")
 
 
-def test_a_reward_model_is_no_llm(base_llama, llm, tmp_path):
+def test_a_reward_model_is_refused(base_llama, llm, tmp_path):
     model, _ = load_model(base_llama)
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"lacks weights \(lm_head.weight\); expected a complete language model"):
         load_llm(str(tmp_path), "float32", llm[1])
 
 
-def test_prompts_must_leave_room_for_the_answer():
+def test_prompts_must_leave_positions_for_the_response():
     check_positions([[0] * 5], 3, 8)
     with pytest.raises(InputError, match=r"longest prompt has 6 tokens .*8 positions; expected together at most that"):
         check_positions([[0] * 5, [0] * 6], 3, 8)

@@ -1,4 +1,4 @@
-"""Scores: every answer once, in file order, the same to the bit however often a run was killed."""
+"""Scores: every response once, in file order, the same to the bit after any number of kills."""
 
 import signal
 import subprocess
@@ -19,7 +19,7 @@ NUM_RECORDS = 40
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory) -> Path:
-    """Records of one to four answers, some of the ids with colons and Unicode."""
+    """Records of one to four responses, some of the ids with colons and Unicode."""
     templates = read_json(E2E / "samples.json")
     records = []
     for number in range(NUM_RECORDS):
@@ -63,7 +63,7 @@ def undisturbed(samples, tmp_path_factory) -> bytes:
     return scores_file(output_dir).read_bytes()
 
 
-def test_every_answer_is_scored_once_in_file_order(samples, undisturbed, tmp_path):
+def test_every_response_is_scored_once_in_file_order(samples, undisturbed, tmp_path):
     expected = [
         f"{record['query_id']}:{key}" for record in read_json(samples) for key in record if key.startswith("sample_")
     ]
@@ -84,22 +84,22 @@ def test_rewards_do_not_depend_on_batches(samples, undisturbed, tmp_path, others
 
 
 def interrupt_after(monkeypatch, num_parts: int) -> list[int]:
-    """Lets scoring die after some parts; returns a list that grows by the batches of each part."""
+    """Interrupts scoring after some parts; returns a list that grows by the batches of each part."""
     seen: list[int] = []
     predict = RewardModelTrainer.predict_batches
 
-    def predict_or_die(self, dataset, batches):
+    def predict_or_interrupt(self, dataset, batches):
         if num_parts == 0 or len(seen) == num_parts:
             raise KeyboardInterrupt
         seen.append(len(batches))
         return predict(self, dataset, batches)
 
-    monkeypatch.setattr(RewardModelTrainer, "predict_batches", predict_or_die)
+    monkeypatch.setattr(RewardModelTrainer, "predict_batches", predict_or_interrupt)
     return seen
 
 
-@pytest.mark.parametrize("num_parts", [0, 1, 4, 9])
-def test_interrupted_run_goes_on_and_computes_nothing_twice(samples, undisturbed, tmp_path, monkeypatch, num_parts):
+@pytest.mark.parametrize("num_parts", [0, 4])
+def test_interrupted_run_resumes_and_computes_nothing_twice(samples, undisturbed, tmp_path, monkeypatch, num_parts):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, num_parts)
         run_main(**flags(samples, tmp_path))
@@ -112,7 +112,7 @@ def test_interrupted_run_goes_on_and_computes_nothing_twice(samples, undisturbed
     assert partial_lines(tmp_path) == 0
 
 
-def test_rewards_kept_under_other_settings_are_not_taken(samples, tmp_path, monkeypatch):
+def test_rewards_of_other_settings_are_not_used(samples, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupt_after(patch, 3)
         run_main(**flags(samples, tmp_path, pooling_type="eos"))
@@ -127,7 +127,7 @@ def test_second_run_replaces_the_first(samples, undisturbed, tmp_path):
     assert scores_file(tmp_path).read_bytes() == undisturbed
 
 
-def test_query_ids_that_occur_twice_are_refused(tmp_path, capsys):
+def test_repeated_query_ids_are_refused(tmp_path, capsys):
     with pytest.raises(InputError, match=r"found 1 ids more than once \(a\)"):
         check_query_ids("x.json", ["a", "b", "a"])
     record = read_json(E2E / "samples.json")[0]
@@ -141,14 +141,14 @@ def test_query_ids_that_occur_twice_are_refused(tmp_path, capsys):
 def test_two_files_that_would_share_a_scores_file_are_refused():
     names = name_score_files("out", ["a/x.json", "b/x.json"], "rm")
     assert [str(path) for path in names.values()] == ["out/a_x_pred_rm_results.json", "out/b_x_pred_rm_results.json"]
-    with pytest.raises(InputError, match="score them apart"):
+    with pytest.raises(InputError, match="score them separately"):
         name_score_files("out", ["x.json", "x.jsonl"], "rm")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_lines", [0, 4, 12, 24, 36])
+@pytest.mark.parametrize("num_lines", [0, 12, 36])
 def test_killed_run_ends_with_the_same_file(samples, undisturbed, tmp_path, num_lines):
-    """SIGKILL as soon as so many batches are kept; the first before any."""
+    """SIGKILL as soon as so many batches are kept, the first time before any."""
     command = [sys.executable, str(REPO_ROOT / "train.py"), *command_line(**flags(samples, tmp_path))]
     process = subprocess.Popen(command, cwd=REPO_ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:

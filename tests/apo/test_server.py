@@ -1,190 +1,207 @@
-"""The client against a real server that fails in every way that servers do: all answers arrive, none twice."""
+"""The engine with a real server that fails in many ways: all responses arrive, none twice."""
 
 import argparse
+import threading
 import time
 
 import pytest
-from completion_server import CompletionServer
+from completion_server import SLOW, CompletionServer
 
-from apo import server as completion_client
+from apo import server as server_module
 from apo.cli import InputError
 from apo.prompts import Prompt
-from apo.server import CompletionClient, check_server_flags, complete_all
+from apo.server import ServerEngine, check_server_flags
 
 KEY = "sk-very-secret"
 
 
-def ask(server: CompletionServer, num_prompts: int = 6, num_samples: int = 2, skip_refused=False, **options) -> dict:
-    """Query id -> texts, of plain prompts "prompt 0", "prompt 1", ..."""
-    client = CompletionClient(server.base_url, **{"timeout": 20, "max_retries": 4, **options})
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+
+
+def make_engine(server: CompletionServer, num_prompts=6, rendered=str, num_samples=2, **flags) -> ServerEngine:
+    """An engine for "prompt 0", "prompt 1", ..."""
     prompts = [Prompt(f"record {i + 1}", str(i), f"prompt {i}") for i in range(num_prompts)]
-    requests = {
-        p: [{"model": "m", "prompt": p.query, "max_tokens": 4, "seed": s} for s in range(num_samples)] for p in prompts
-    }
-    answers = []
-    complete_all(
-        client, requests, keep=lambda *answer: answers.append(answer), concurrency=3, skip_refused=skip_refused
-    )
-    assert len(answers) == len({prompt.query_id for prompt, _ in answers})
-    return {prompt.query_id: [completion.text for completion in completions] for prompt, completions in answers}
+    default = {"base_url": server.base_url, "concurrency": 3, "timeout": 20, "max_retries": 4, "skip_refused": False}
+    body = {"model": "m", "max_tokens": 4}
+    flags = argparse.Namespace(**default | flags)
+    return ServerEngine({p: rendered(p.query) for p in prompts}, body, flags, num_samples=num_samples, seed=1)
 
 
-FAILURES = ("429 1", "500", "503", "cut", "half", "no choices")
+def run(engine: ServerEngine) -> dict[str, list[str]]:
+    """Query id -> texts."""
+    kept = []
+    engine.generate(engine.share, lambda *prompt_and_texts: kept.append(prompt_and_texts))
+    assert len(kept) == len({prompt.query_id for prompt, _ in kept})
+    return {prompt.query_id: texts for prompt, texts in kept}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(one_server) -> dict:
-    return ask(one_server.reset())
+    return run(make_engine(one_server.reset()))
 
 
-@pytest.mark.parametrize("failure", FAILURES)
-def test_a_failure_is_asked_again_and_changes_no_answer(server, undisturbed, failure):
-    server.failures = ["", failure, "", failure]
-    assert ask(server) == undisturbed
-    answered = sorted((body["prompt"], body["seed"]) for body in server.answered())
-    assert answered == sorted((f"prompt {i}", s) for i in range(6) for s in range(2))
-    assert len(server.requests) == 14
+def test_failures_that_pass_are_retried_and_change_no_response(server, undisturbed):
+    server.failures = ["429", "", "500", "503", "cut", "", "cut"]
+    engine = make_engine(server)
+    assert run(engine) == undisturbed
+    assert len({(body["prompt"], body["seed"]) for body in server.answered()}) == len(server.answered()) == 12
+    assert len(server.requests) == 17
+    assert engine.usage == {
+        "responses": 12,
+        "truncated": 12,
+        "retries": 5,
+        "prompt_tokens": 84,
+        "completion_tokens": 36,
+    }
 
 
-def test_a_server_that_does_not_answer_in_time_is_asked_again(server, undisturbed):
+def test_a_request_that_takes_too_long_is_retried(server, undisturbed):
     server.failures = ["slow"]
-    assert ask(server, timeout=1) == undisturbed
+    assert run(make_engine(server, timeout=SLOW / 2)) == undisturbed
     assert len(server.requests) > 12
-
-
-def test_waits_as_long_as_the_server_says(server):
-    server.failures = ["429 1"]
-    ask(server, num_prompts=1, num_samples=1)
-    assert server.requests[1]["time"] - server.requests[0]["time"] >= 1
+    time.sleep(SLOW)  # until the server has done with the request that was given up
 
 
 def test_concurrency_is_an_upper_limit(server, monkeypatch):
-    now, most = 0, 0
+    lock, now, most = threading.Lock(), 0, 0
 
     def complete(body: dict) -> str:
         nonlocal now, most
-        now += 1
-        most = max(most, now)
-        time.sleep(0.05)
-        now -= 1
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
         return "text"
 
     monkeypatch.setattr(server, "complete", complete)
-    ask(server, num_prompts=9)
+    run(make_engine(server))
     assert most == 3
 
 
-def test_the_key_is_sent_and_never_shown(server, caplog):
-    caplog.set_level("DEBUG")
-    server.failures = ["401"]
-    with pytest.raises(InputError, match=r"status 401 .*\*\*\*.*expected OPENAI_API_KEY to hold a key") as caught:
-        ask(server, num_prompts=1)
-    assert server.requests[0]["headers"]["Authorization"] == f"Bearer {KEY}"
-    assert KEY not in str(caught.value) + caplog.text
-    assert caught.value.__cause__ is None
-
-
-def test_without_a_key_messages_stay_as_they_are(server, monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY")
-    server.failures = ["401"]
-    with pytest.raises(InputError, match="you are Bearer none"):
-        ask(server, num_prompts=1)
-
-
 @pytest.mark.parametrize(
-    ("failures", "message"),
+    ("failure", "message", "num_requests"),
     [
-        (["404"], "found status 404 .*the name of a model served there"),
-        (["500"] * 9, "found status 500 .*after the retries"),
-        (["half"] * 9, r"found an answer that cannot be read \(JSONDecodeError.* in 2 tries"),
-        (["429 999"], "found status 429 "),
+        ("404", "found status 404 .*the name of a model that it serves", 1),
+        ("500", "found status 500 .*after the retries", 3),
+        ("half", r"found a response that cannot be read \(JSONDecodeError", 1),
     ],
 )
-def test_what_no_retry_mends_is_one_line(server, failures, message):
-    server.failures = failures
+def test_a_failure_that_stays_is_one_line(server, failure, message, num_requests):
+    server.failures = [failure] * 9
     with pytest.raises(InputError, match=message) as caught:
-        ask(server, num_prompts=1, max_retries=1)
-    assert "\n" not in str(caught.value) and "all answers so far are kept" in str(caught.value)
+        run(make_engine(server, num_prompts=1, max_retries=2))
+    assert "\n" not in str(caught.value) and "all responses so far are kept" in str(caught.value)
+    assert len(server.requests) == num_requests
 
 
-@pytest.mark.parametrize("failures", [["half"] * 9, ["half", "500"] * 9, ["500", "half"] * 9, ["500"] * 9])
-def test_all_retries_are_counted_together(server, failures):
-    server.failures = failures
-    with pytest.raises(InputError, match="all answers so far are kept"):
-        ask(server, num_prompts=1, max_retries=2)
-    assert len(server.requests) == 3
+@pytest.mark.parametrize("body", ["", "null", "[]", '"text"', "{}", '{"choices": [{}]}', '{"choices": [{"text": 1}]}'])
+def test_a_body_of_another_protocol_is_one_line(server, body):
+    server.whole_body = body.encode()
+    with pytest.raises(InputError, match="found a response that cannot be read"):
+        run(make_engine(server, num_prompts=1))
 
 
 def test_an_unreachable_server_is_one_line(server):
-    client = CompletionClient("http://127.0.0.1:9/v1", timeout=5, max_retries=1)
-    with pytest.raises(InputError, match=r"127.0.0.1:9/v1.*found no answer \(.*refused.*in 2 tries"):
-        client.complete({"model": "m", "prompt": "p"})
+    engine = make_engine(server, num_prompts=1, base_url="http://127.0.0.1:9/v1", max_retries=1)
+    with pytest.raises(InputError, match=r"127.0.0.1:9/v1.*found no response \(.*refused.*expected a running server"):
+        run(engine)
 
 
-def test_answers_under_way_at_a_failure_are_not_lost(server):
-    """The second of three requests at a time fails for good: what was sent and answered comes, and little new is."""
+def test_the_key_is_sent_and_never_shown(server, caplog, monkeypatch):
+    """A line end after it, as files have, is no part of it."""
+    caplog.set_level("DEBUG")
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
+    server.failures = ["401"]
+    with pytest.raises(InputError, match=r"status 401 .*\*\*\*.*expected OPENAI_API_KEY to hold a key") as caught:
+        run(make_engine(server, num_prompts=1))
+    assert server.requests[0]["headers"]["Authorization"] == f"Bearer {KEY}"
+    assert caught.value.__cause__ is None
+    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nX")
+    with pytest.raises(InputError, match="OPENAI_API_KEY: found characters") as other:
+        make_engine(server)
+    assert KEY not in str(caught.value) + str(other.value) + caplog.text
+
+
+def test_without_a_key_messages_are_unchanged(server, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    server.failures = ["401"]
+    with pytest.raises(InputError, match="you are Bearer none"):
+        run(make_engine(server, num_prompts=1))
+
+
+# ------------------------------------------------------------------------------------------------ responses under way
+
+
+def run_twenty(server: CompletionServer, keep) -> None:
+    engine = make_engine(server, num_prompts=20, num_samples=1, max_retries=0)
+    engine.generate(engine.share, keep)
+
+
+def test_responses_under_way_at_a_failure_are_kept(server):
+    """The second of three requests at a time fails for good."""
     server.failures = ["slow", "404", "slow"]
-    came = []
+    kept = []
     with pytest.raises(InputError, match="404"):
-        ask_twenty(server, lambda prompt, _: came.append(prompt.query))
-    assert 2 <= len(came) == len(server.requests) - 1 < 10
+        run_twenty(server, lambda prompt, _: kept.append(prompt.query))
+    assert 2 <= len(kept) == len(server.requests) - 1 < 20
 
 
-def ask_twenty(server: CompletionServer, keep) -> None:
-    client = CompletionClient(server.base_url, timeout=20, max_retries=0)
-    prompts = [Prompt("", str(i), f"prompt {i}") for i in range(20)]
-    requests = {p: [{"model": "m", "prompt": p.query, "max_tokens": 4}] for p in prompts}
-    complete_all(client, requests, keep=keep, concurrency=3, skip_refused=False)
-
-
-def test_answers_under_way_at_ctrl_c_are_kept(server, monkeypatch, caplog):
-    """Interrupted after the first answer while the others take two seconds: all that was answered is kept."""
+def test_responses_under_way_at_ctrl_c_are_kept(server, monkeypatch, caplog):
+    """Interrupted after the first response, while others are slow."""
     server.failures = ["", "slow", "slow"]
 
     def interrupted(futures):
         yield next(as_completed(futures))
         raise KeyboardInterrupt
 
-    as_completed = completion_client.as_completed
-    monkeypatch.setattr(completion_client, "as_completed", interrupted)
-    came = []
+    as_completed = server_module.as_completed
+    monkeypatch.setattr(server_module, "as_completed", interrupted)
+    kept = []
     with pytest.raises(KeyboardInterrupt):
-        ask_twenty(server, lambda prompt, _: came.append(prompt.query))
-    assert sorted(came) == sorted(request["body"]["prompt"] for request in server.requests)
-    assert 3 <= len(came) < 20 and "interrupted: waiting for the answers under way" in caplog.text
+        run_twenty(server, lambda prompt, _: kept.append(prompt.query))
+    assert sorted(kept) == sorted(request["body"]["prompt"] for request in server.requests)
+    assert 3 <= len(kept) < 20 and "interrupted: waiting for the responses under way" in caplog.text
 
 
-def test_an_answer_that_cannot_be_kept_loses_no_other(server):
+def test_a_response_that_cannot_be_kept_loses_no_other(server):
     server.failures = ["", "slow", "slow"]
-    came = []
+    seen = []
 
     def keep(prompt: Prompt, _: list) -> None:
-        came.append(prompt.query)
-        if len(came) == 1:
+        seen.append(prompt.query)
+        if len(seen) == 1:
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        ask_twenty(server, keep)
-    assert 3 <= len(came) == len(server.requests) < 20
+        run_twenty(server, keep)
+    assert 3 <= len(seen) == len(server.requests) < 20
 
 
-def test_a_refused_prompt_ends_the_run_and_is_named(server):
+# ------------------------------------------------------------------------------------------------ prompts
+
+
+def test_a_refused_prompt_ends_the_run_or_is_skipped(server, undisturbed, caplog):
     server.refused_text = "prompt 4"
     with pytest.raises(InputError, match=r"record 5, id 4: the server refused it with status 400 .*--skip_refused"):
-        ask(server)
+        run(make_engine(server))
+    expected = {key: texts for key, texts in undisturbed.items() if key != "4"}
+    assert run(make_engine(server, skip_refused=True)) == expected
+    assert "record 5, id 4: refused with status 400" in caplog.text
 
 
-def test_a_refused_prompt_can_be_skipped(server, undisturbed):
-    server.refused_text = "prompt 4"
-    assert ask(server, skip_refused=True) == {key: texts for key, texts in undisturbed.items() if key != "4"}
+def test_messages_go_to_the_chat_endpoint(server):
+    engine = make_engine(server, num_prompts=1, rendered=lambda text: [{"role": "user", "content": text}])
+    [texts] = run(engine).values()
+    assert len(set(texts)) == 2
+    assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
+    assert server.requests[0]["body"]["messages"] == [{"role": "user", "content": "prompt 0"}]
 
 
-def test_chat_goes_to_the_chat_endpoint(server):
-    client = CompletionClient(server.base_url, timeout=20, max_retries=0)
-    request = {"model": "m", "messages": [{"role": "user", "content": "Why?"}], "max_tokens": 4}
-    completion = client.complete(request)
-    assert server.requests[0]["path"] == "/v1/chat/completions"
-    assert completion.is_truncated and (completion.prompt_tokens, completion.completion_tokens) == (7, 3)
+# ------------------------------------------------------------------------------------------------ flags
 
 
 @pytest.mark.parametrize(
@@ -204,28 +221,11 @@ def test_wrong_flags_are_refused(flags, message, monkeypatch):
         check_server_flags(argparse.Namespace(**{**good, **flags}))
 
 
-@pytest.mark.parametrize("body", ["", "null", "[]", '"text"', "{}", '{"choices": [{}]}', '{"choices": [{"text": 1}]}'])
-def test_a_body_that_is_no_answer_is_one_line(server, body):
-    server.whole_body = body.encode()
-    with pytest.raises(InputError, match="found an answer that cannot be read"):
-        ask(server, num_prompts=1, max_retries=0)
-
-
-def test_a_key_with_a_line_end_is_used_without_it(server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
-    ask(server, num_prompts=1)
-    assert server.requests[0]["headers"]["Authorization"] == f"Bearer {KEY}"
-    monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\nX")
-    with pytest.raises(InputError, match="OPENAI_API_KEY: found characters") as caught:
-        ask(server, num_prompts=1)
-    assert KEY not in str(caught.value)
-
-
 def test_the_address_is_recorded_without_password(server):
     address = server.base_url.replace("http://", "http://me:secret@") + "/"
-    assert CompletionClient(address, timeout=1, max_retries=0).base_url == server.base_url
+    assert make_engine(server, base_url=address).notes == {"base_url": server.base_url}
 
 
-def test_an_address_that_is_none_is_refused():
+def test_a_bad_address_is_refused(server):
     with pytest.raises(InputError, match="--base_url http://"):
-        CompletionClient("http://[::1", timeout=1, max_retries=0)
+        make_engine(server, base_url="http://[::1")

@@ -1,4 +1,4 @@
-"""Golden answers from a server: complete, counted, paid for once."""
+"""Golden responses from a server: complete, counted, paid for once."""
 
 import sys
 from pathlib import Path
@@ -11,6 +11,11 @@ from tools.annotate_golden import describe_cost, estimate_prompt_tokens
 from tools.apo_data_converter import convert, read_golden, read_samples
 
 PROMPTS = [f"\n\nHuman: What is {i}?\n\nAssistant:" for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 @pytest.fixture
@@ -34,14 +39,14 @@ def test_the_converter_reads_the_result(annotate, server, tmp_path, capsys):
     assert [list(record) for record in golden] == [["query_id", "query", "golden"]] * 5
     assert [record["query"] for record in golden] == PROMPTS
     assert all(record["golden"] == f" {record['golden'].strip()}" for record in golden)
-    assert f"{path}: 5 golden answers, 0 of them empty\n" == capsys.readouterr().out
+    assert f"{path}: 5 golden responses, 0 of them empty\n" == capsys.readouterr().out
     samples = [{"query_id": str(i), "query": q, "sample_0": " No idea at all."} for i, q in enumerate(PROMPTS)]
     pairs = convert(read_golden(path), read_samples(write_records(tmp_path / "s.json", samples)))
     assert pairs.num_pairs == 5
     assert sorted(file.name for file in tmp_path.glob("g.*")) == ["g.json", "g.settings.json"]
 
 
-def test_requests_hold_what_was_asked_for(annotate, server):
+def test_requests_hold_the_flags_that_are_set(annotate, server):
     annotate(system_prompt="Be kind.", seed=None)
     assert set(server.requests[0]["body"]) == {"model", "messages", "max_completion_tokens"}
     roles = [message["role"] for message in server.requests[0]["body"]["messages"]]
@@ -53,16 +58,16 @@ def test_requests_hold_what_was_asked_for(annotate, server):
 
 def test_failures_change_nothing_and_are_counted(annotate, server, caplog):
     caplog.set_level("INFO")
-    expected = annotate("calm.json").read_bytes()
-    server.requests, server.failures = [], ["429 1", "500", "cut", "", "half"]
-    assert annotate("stormy.json").read_bytes() == expected
+    expected = annotate("undisturbed.json").read_bytes()
+    server.requests, server.failures = [], ["429", "500", "cut", ""]
+    assert annotate("disturbed.json").read_bytes() == expected
     assert len(server.answered()) == 5
-    assert "5 answers, 4 requests repeated, 35 prompt tokens and 15 completion tokens" in caplog.text
-    assert "5 answers break off at --max_new_tokens 4" in caplog.text
+    assert "5 responses, 3 requests retried, 35 prompt tokens and 15 completion tokens" in caplog.text
+    assert "5 responses end at --max_new_tokens 4" in caplog.text
 
 
-def test_a_broken_run_pays_for_no_answer_twice(annotate, server, capsys):
-    expected = annotate("calm.json").read_bytes()
+def test_an_interrupted_run_pays_for_no_response_twice(annotate, server, capsys):
+    expected = annotate("undisturbed.json").read_bytes()
     server.requests, server.failures = [], ["", "", ""] + ["401"] * 9
     with pytest.raises(SystemExit) as ended:
         annotate()
@@ -78,7 +83,7 @@ def test_a_broken_run_pays_for_no_answer_twice(annotate, server, capsys):
     assert annotate().read_bytes() == expected and server.requests == []
 
 
-def test_a_changed_question_is_asked_anew(annotate, server):
+def test_a_changed_system_prompt_requests_all_again(annotate, server):
     annotate()
     server.requests = []
     annotate(system_prompt="Be kind.")
@@ -90,13 +95,15 @@ def test_the_estimate_comes_before_the_first_request(annotate, server, caplog, t
     0.02 and 0.1 a token: 0.8 + 2.0."""
     caplog.set_level("INFO")
     annotate(dry_run=[], price_per_million_input=20_000, price_per_million_output=100_000)
-    expected = "5 prompts to ask, at most about 40 prompt tokens and 20 completion tokens: 2.80 at the given prices"
+    expected = (
+        "5 prompts to request, at most about 40 prompt tokens and 20 completion tokens: 2.80 at the given prices"
+    )
     assert expected in caplog.text
     assert server.requests == [] and list(tmp_path.glob("g*")) == []
 
 
 def test_estimate_and_cost_by_hand():
-    """5 bytes are 2 tokens, two characters of 3 bytes as well; with 4 for each of two messages: 2 + 4 + 2 + 4 = 12."""
+    """5 bytes are 2 tokens, and so are two characters of 3 bytes; 4 for each message: 2 + 4 + 2 + 4 = 12."""
     dialogue = [{"role": "system", "content": "12345"}, {"role": "user", "content": "什么"}]
     assert estimate_prompt_tokens([dialogue]) == 12
     cost = describe_cost(2_000_000, 1_000, (2.5, 10.0))
@@ -104,17 +111,11 @@ def test_estimate_and_cost_by_hand():
     assert describe_cost(1, 2, None) == "1 prompt tokens and 2 completion tokens"
 
 
-def test_refused_prompts_can_be_left_out(annotate, server, caplog):
-    server.refused_text = "What is 3"
-    golden = read_json(annotate(skip_refused=[]))
-    assert [record["query_id"] for record in golden] == ["0", "1", "2", "4"]
-    assert "1 prompts refused by the server, left out: 3" in caplog.text
-
-
-def test_refused_prompts_are_asked_again_by_the_next_run(annotate, server, tmp_path):
-    """Refused twice, then by a mended server no more: only the refused one is asked, each time."""
+def test_refused_prompts_are_left_out_and_requested_by_the_next_run(annotate, server, tmp_path, caplog):
+    """Refused twice, then accepted: only the refused prompt is requested again, each time."""
     server.refused_text = "What is 3"
     annotate(skip_refused=[])
+    assert "1 prompts refused by the server, left out: 3" in caplog.text
     for refused_text, ids in (("What is 3", "0124"), ("", "01234")):
         server.requests, server.refused_text = [], refused_text
         assert [record["query_id"] for record in read_json(annotate(skip_refused=[]))] == list(ids)
@@ -125,22 +126,22 @@ def test_refused_prompts_are_asked_again_by_the_next_run(annotate, server, tmp_p
     assert server.requests == []
 
 
-def test_a_mended_prompt_loses_no_other_answer(annotate, server, tmp_path):
-    """The run ends at the refusal of prompt 3, which is then made another; no answered one is asked again."""
+def test_a_changed_prompt_loses_no_other_response(annotate, server, tmp_path):
+    """The run ends at the refusal of prompt 3, which is then changed; no finished prompt is requested again."""
     server.refused_text = "What is 3"
     with pytest.raises(SystemExit):
         annotate(concurrency=1)
-    answered = [body["messages"] for body in server.answered()]
-    assert 3 <= len(answered) <= 4
-    mended = [*PROMPTS[:3], "\n\nHuman: What is three?\n\nAssistant:", PROMPTS[4]]
-    write_records(tmp_path / "p.json", [pair(q, query_id=str(i)) for i, q in enumerate(mended)])
+    finished = [body["messages"] for body in server.answered()]
+    assert 3 <= len(finished) <= 4
+    changed = [*PROMPTS[:3], "\n\nHuman: What is three?\n\nAssistant:", PROMPTS[4]]
+    write_records(tmp_path / "p.json", [pair(q, query_id=str(i)) for i, q in enumerate(changed)])
     server.requests = []
-    assert [record["query"] for record in read_json(annotate(concurrency=1))] == mended
-    asked = [request["body"]["messages"] for request in server.requests]
-    assert len(asked) == 5 - len(answered) and not [messages for messages in asked if messages in answered]
+    assert [record["query"] for record in read_json(annotate(concurrency=1))] == changed
+    again = [request["body"]["messages"] for request in server.requests]
+    assert len(again) == 5 - len(finished) and not [messages for messages in again if messages in finished]
 
 
-def test_a_finished_result_is_gone_on_with_when_prompts_come_and_go(annotate, server, tmp_path):
+def test_a_finished_result_is_reused_when_prompts_change(annotate, server, tmp_path):
     before = {record["query"]: record["golden"] for record in read_json(annotate())}
     queries = [PROMPTS[4], "\n\nHuman: New?\n\nAssistant:", PROMPTS[1]]
     write_records(tmp_path / "p.json", [pair(q, query_id=id_) for q, id_ in zip(queries, "4n1", strict=True)])
@@ -150,7 +151,7 @@ def test_a_finished_result_is_gone_on_with_when_prompts_come_and_go(annotate, se
     assert [records[i]["golden"] for i in (0, 2)] == [before[PROMPTS[4]], before[PROMPTS[1]]]
 
 
-def test_another_address_is_recorded_and_named_and_loses_nothing(annotate, server, tmp_path, caplog):
+def test_another_address_is_a_warning_only(annotate, server, tmp_path, caplog):
     annotate()
     assert read_json(tmp_path / "g.settings.json")["base_url"] == server.base_url
     server.requests = []
@@ -158,13 +159,14 @@ def test_another_address_is_recorded_and_named_and_loses_nothing(annotate, serve
     assert server.requests == [] and f"base_url was {server.base_url} for what is kept" in caplog.text
 
 
-def test_lines_about_humans_stay_and_cut_answers_are_counted(annotate, server, monkeypatch, caplog):
+def test_lines_about_humans_are_kept_and_cut_responses_are_counted(annotate, server, monkeypatch, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setattr(server, "complete", lambda body: "Yes:\nHumans need water.\n\nHuman: And?")
     assert {record["golden"] for record in read_json(annotate())} == {" Yes:\nHumans need water."}
-    assert "5 answers cut where they go on to play the user" in caplog.text
+    assert "5 responses cut where they continue as the user" in caplog.text
 
 
-def test_the_prompts_are_not_overwritten(annotate, server, tmp_path, capsys):
+def test_the_prompts_are_not_replaced(annotate, server, tmp_path, capsys):
     before = (tmp_path / "p.json").read_bytes()
     with pytest.raises(SystemExit) as ended:
         annotate("p.json")
@@ -172,7 +174,7 @@ def test_the_prompts_are_not_overwritten(annotate, server, tmp_path, capsys):
     assert (tmp_path / "p.json").read_bytes() == before and server.requests == []
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_the_first_request(annotate, server, tmp_path, capsys):
+def test_a_bad_folder_is_an_error_before_the_first_request(annotate, server, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as ended:
         annotate("file/g.json")
@@ -185,13 +187,10 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_request(annot
     ("changes", "message"),
     [
         ({"price_per_million_input": 1}, "--price_per_million_output together, found one"),
-        ({"price_per_million_input": 1, "price_per_million_output": -1}, "_output -1.0: expected 0 or more"),
         ({"price_per_million_input": "nan", "price_per_million_output": 1}, "_input nan: expected 0 or more"),
         ({"temperature": "inf"}, "--temperature inf: expected 0 or more, and finite"),
         ({"max_new_tokens": 0}, "--max_new_tokens 0: expected at least 1"),
         ({"name": "g.jsonl"}, "expected a name that ends in .json"),
-        ({"data_path": "absent.json"}, "absent.json: no such file"),
-        ({"concurrency": 0}, "--concurrency 0"),
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(annotate, changes, message, capsys):

@@ -1,6 +1,5 @@
-"""Sampling end to end: the same file whatever happens on the way."""
+"""Sampling end to end: the same file after any interruption, on any number of processes."""
 
-import json
 import os
 import signal
 import subprocess
@@ -24,6 +23,11 @@ QUERIES = [
     "Is it late?",
 ]
 PROMPTS = [f"\n\nHuman: {query}\n\nAssistant:" for query in QUERIES]
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch):
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def start_tool(options: dict[str, object], num_processes: int = 0) -> subprocess
 
 
 def num_finished(folder: Path) -> int:
-    """Whole lines that are parts, not notes."""
+    """Complete lines that are items, not notes."""
     lines = [line for path in folder.glob("*.partial.jsonl") for line in path.read_bytes().split(b"\n")[:-1]]
     return sum(line.startswith(b"[") for line in lines)
 
@@ -88,7 +92,7 @@ def test_result_has_all_prompts_in_order_and_responses_in_the_form_of_the_data(s
     responses = [r[f"sample_{i}"] for r in records for i in range(2)]
     assert len(set(responses)) > 10
     assert all(r == f" {r.strip()}" and "\nHuman" not in r for r in responses if r)
-    assert capsys.readouterr().out == f"{path}: 7 prompts x 2 answers, {responses.count('')} of them empty\n"
+    assert capsys.readouterr().out == f"{path}: 7 prompts x 2 responses, {responses.count('')} of them empty\n"
     assert sorted(file.name for file in path.parent.iterdir()) == [
         f"{NAME}_results.json",
         f"{NAME}_results.settings.json",
@@ -107,27 +111,23 @@ def test_defaults_are_those_of_the_task(sample, tmp_path):
     assert settings["prompt_template"] == "llama-2-chat"
 
 
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_batch_size_changes_no_response(sample, batch_size):
-    assert sample("a").read_bytes() == sample("b", per_device_eval_batch_size=batch_size).read_bytes()
-
-
-def test_the_seed_decides(sample):
-    assert sample("a").read_bytes() != sample("b", seed=43).read_bytes()
+def test_responses_depend_on_the_seed_and_not_on_the_batch_size(sample):
+    expected = sample("a").read_bytes()
+    assert sample("b", per_device_eval_batch_size=7).read_bytes() == expected
+    assert sample("c", seed=43).read_bytes() != expected
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
 def test_processes_share_the_work_and_the_last_one_writes(sample, order, caplog):
-    """Each process in turn, as far apart in time as can be."""
+    """Each process in turn, none at the same time."""
     expected = sample("alone").read_bytes()
     caplog.set_level("INFO")
     for rank in order[:-1]:
         assert not sample("shared", rank=rank, world=3).exists()
-    first = {0: "3", 2: "2"}[order[0]]  # batches of 2, 2, 2, 1 prompts: process 0 has the first and the last
-    assert f"{first} of 7 prompts answered here and before; the result is written by the process" in caplog.text
+    assert caplog.text.count("other processes have not finished their share") == 2
     caplog.clear()
     path = sample("shared", rank=order[-1], world=3)
-    assert path.read_bytes() == expected and "answered here and before" not in caplog.text
+    assert path.read_bytes() == expected and "other processes have not" not in caplog.text
     assert list(path.parent.glob("*.partial.jsonl")) == []
 
 
@@ -139,11 +139,11 @@ def test_more_processes_than_batches(sample, data):
     assert sample("shared", rank=1, world=2).read_bytes() == expected
 
 
-# ------------------------------------------------------------------------------------------------ going on
+# ------------------------------------------------------------------------------------------------ resuming
 
 
-def break_after(monkeypatch, num_prompts: int) -> None:
-    """The next run ends as if interrupted when it has kept so many prompts."""
+def interrupt_after(monkeypatch, num_prompts: int) -> None:
+    """The next run is interrupted when it has kept so many prompts."""
     keep = inference_llm.ResultStore.append
     kept = []
 
@@ -156,13 +156,13 @@ def break_after(monkeypatch, num_prompts: int) -> None:
     monkeypatch.setattr(inference_llm.ResultStore, "append", append)
 
 
-@pytest.mark.parametrize("num_prompts", [0, 1, 6])
-def test_interrupted_run_goes_on(sample, monkeypatch, num_prompts, caplog):
-    """With the last line torn, on another number of processes, and with other batches."""
+@pytest.mark.parametrize("num_prompts", [0, 6])
+def test_interrupted_run_resumes(sample, monkeypatch, num_prompts, caplog):
+    """With an incomplete last line, on another number of processes, and with other batches."""
     caplog.set_level("INFO")
     expected = sample("whole").read_bytes()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        break_after(patch, num_prompts)
+        interrupt_after(patch, num_prompts)
         sample("broken")
     folder = sample("whole").parent.parent / "broken"
     assert num_finished(folder) == num_prompts
@@ -173,18 +173,19 @@ def test_interrupted_run_goes_on(sample, monkeypatch, num_prompts, caplog):
     assert (f"{num_prompts - 1} of 7 prompts were done before" in caplog.text) == (num_prompts > 1)
 
 
-def test_what_is_there_is_not_computed_again(sample, monkeypatch, capsys):
+def test_a_finished_result_is_not_computed_again(sample, monkeypatch, caplog):
+    caplog.set_level("INFO")
     expected = sample().read_bytes()
     monkeypatch.setattr("apo.sampling.load_llm", None)
     assert sample().read_bytes() == expected
-    assert "there already, with these settings; delete it to sample again" in capsys.readouterr().out
+    assert "already exists, with these settings; delete it to start again" in caplog.text
 
 
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"num_samples": 1}])
-def test_a_changed_setting_starts_anew_and_replaces_the_result(sample, monkeypatch, changes):
+def test_a_changed_setting_starts_again_and_replaces_the_result(sample, monkeypatch):
+    changes = {"num_samples": 1}
     expected = sample("a", **changes).read_bytes()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        break_after(patch, 3)
+        interrupt_after(patch, 3)
         sample("b")
     sample("b", **changes)
     assert sample("b", **changes).read_bytes() == expected
@@ -193,8 +194,8 @@ def test_a_changed_setting_starts_anew_and_replaces_the_result(sample, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_prompts", [0, 1, 9, 20, 39])
-def test_killed_run_goes_on(base_llama, tmp_path, sample, data, num_prompts):
+@pytest.mark.parametrize("num_prompts", [0, 9, 39])
+def test_killed_run_resumes(base_llama, tmp_path, sample, data, num_prompts):
     """SIGKILL after so many of 40 prompts; 0: while the model loads."""
     write_records(data, [pair(f"{PROMPTS[i % 7]} {i}") for i in range(40)])
     options = flags(base_llama, data, tmp_path / "killed", max_new_tokens=24, per_device_eval_batch_size=1)
@@ -212,13 +213,13 @@ def test_killed_run_goes_on(base_llama, tmp_path, sample, data, num_prompts):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_records", [1, 3, 7])
+@pytest.mark.parametrize("num_records", [1, 7])
 def test_two_processes_under_torchrun(base_llama, tmp_path, sample, data, num_records):
     write_records(data, read_json(data)[:num_records])
     process = start_tool(flags(base_llama, data, tmp_path / "two"), num_processes=2)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0, output
-    assert output.count(f"{num_records} prompts x 2 answers") == 1 or "there already" in output
+    assert output.count(f"{num_records} prompts x 2 responses") == 1 or "already exists" in output
     assert (tmp_path / "two" / f"{NAME}_results.json").read_bytes() == sample("one").read_bytes()
 
 
@@ -229,7 +230,7 @@ def on(server, **changes: object) -> dict[str, object]:
     return {"engine": "openai", "base_url": server.base_url, "concurrency": 3, "model_name_or_path": "m", **changes}
 
 
-def test_a_server_answers_each_sample_with_a_seed_of_its_own(sample, server):
+def test_each_response_of_a_server_has_its_own_seed(sample, server):
     records = read_json(sample(**on(server)))
     assert [r["query"] for r in records] == PROMPTS and all(list(r)[2:] == ["sample_0", "sample_1"] for r in records)
     assert len({request["body"]["seed"] for request in server.requests}) == len(server.requests) == 14
@@ -239,7 +240,7 @@ def test_a_server_answers_each_sample_with_a_seed_of_its_own(sample, server):
     assert body["stop"] == ["\nHuman"] and "repetition_penalty" not in body and body["prompt"] in PROMPTS
 
 
-def test_chat_sends_messages_and_all_openai_knows_only(sample, server):
+def test_chat_sends_messages_and_only_fields_that_openai_knows(sample, server):
     sample(**on(server, prompt_template="chat", top_k=0))
     bodies = sorted((request["body"] for request in server.requests), key=lambda body: body["messages"][0]["content"])
     assert {request["path"] for request in server.requests} == {"/v1/chat/completions"}
@@ -247,37 +248,29 @@ def test_chat_sends_messages_and_all_openai_knows_only(sample, server):
     assert set(bodies[0]) == {"model", "messages", "temperature", "top_p", "max_tokens", "stop", "seed"}
 
 
-def test_failures_of_the_server_change_nothing(sample, server):
-    expected = sample("calm", **on(server)).read_bytes()
-    server.requests, server.failures = [], ["429 1", "500", "", "cut", "half", "no choices", ""]
-    assert sample("stormy", **on(server)).read_bytes() == expected
-    answered = [(body["prompt"], body["seed"]) for body in server.answered()]
-    assert len(answered) == len(set(answered)) == 14
-
-
-def test_a_run_that_lost_its_server_goes_on_and_asks_nothing_twice(sample, server, capsys, tmp_path):
-    expected = sample("calm", **on(server)).read_bytes()
+def test_a_run_that_lost_its_server_resumes_and_requests_nothing_twice(sample, server, capsys, tmp_path):
+    expected = sample("undisturbed", **on(server)).read_bytes()
     server.requests, server.failures = [], [""] * 6 + ["500"] * 99
     with pytest.raises(SystemExit) as ended:
         sample("lost", **on(server, max_retries=0))
     assert ended.value.code == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "found status 500" in lines[0] and "the same command goes on from there" in lines[0]
+    assert len(lines) == 1 and "found status 500" in lines[0] and "the same command resumes" in lines[0]
     num_kept = num_finished(tmp_path / "lost")
     server.requests, server.failures = [], []
     assert num_kept and sample("lost", **on(server, base_url=f"{server.base_url}/")).read_bytes() == expected
     assert len(server.requests) == 2 * (7 - num_kept)
 
 
-def test_a_server_that_does_not_sample_is_noticed(sample, server, monkeypatch, caplog):
+def test_a_server_that_does_not_sample_is_a_warning(sample, server, monkeypatch, caplog):
     sample("a", **on(server))
-    assert "the same answer" not in caplog.text
+    assert "the same response" not in caplog.text
     monkeypatch.setattr(server, "complete", lambda body: "always this")
     sample("b", **on(server))
-    assert "7 prompts got the same answer every time; expected them to differ" in caplog.text
+    assert "7 prompts have the same response every time; expected different ones" in caplog.text
 
 
-def test_refused_prompts_are_left_out_when_asked_for(sample, server, capsys):
+def test_refused_prompts_are_left_out_with_the_flag(sample, server, capsys):
     server.refused_text = "bees"
     with pytest.raises(SystemExit):
         sample(**on(server))
@@ -289,7 +282,7 @@ def test_refused_prompts_are_left_out_when_asked_for(sample, server, capsys):
     assert len(server.requests) == 2
 
 
-def test_a_changed_prompt_is_all_that_a_server_is_asked_again(sample, server, data):
+def test_only_a_changed_prompt_is_requested_again(sample, server, data):
     before = read_json(sample(**on(server)))
     write_records(data, [pair(q, query_id=f"id {i}") for i, q in enumerate([*PROMPTS[:6], "Another?"])])
     server.requests = []
@@ -298,11 +291,11 @@ def test_a_changed_prompt_is_all_that_a_server_is_asked_again(sample, server, da
     assert {request["body"]["prompt"] for request in server.requests} == {"Another?"}
 
 
-def test_answers_that_play_the_user_are_cut_and_counted(sample, server, monkeypatch, caplog):
+def test_responses_that_continue_as_the_user_are_cut_and_counted(sample, server, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(server, "complete", lambda body: f"{body['seed']}\nHumans")
     assert not any("Human" in r["sample_0"] for r in read_json(sample(**on(server))))
-    assert "14 answers cut where they go on to play the user" in caplog.text
+    assert "14 responses cut where they continue as the user" in caplog.text
 
 
 def test_the_key_is_in_no_file(sample, server, tmp_path, capsys):
@@ -320,11 +313,7 @@ def test_the_key_is_in_no_file(sample, server, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_name_or_path": "no/such/folder"}, "no/such/folder: no model there"),
-        ({"temperature": -1}, "--temperature -1.0: expected 0 (greedy) or more"),
         ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size 0: expected at least 1"),
-        ({"prompt_template": "chat"}, "found no chat template in the tokenizer"),
-        ({"data_path": "absent.json"}, "absent.json: no such file"),
         ({"max_new_tokens": 510}, "512 positions; expected together at most that: lower --max_length or"),
         ({"engine": "openai"}, "found neither --base_url nor OPENAI_API_KEY"),
         ({"engine": "openai", "base_url": "http://a/v1", "world": 2}, "--engine openai in 2 processes: expected one"),
@@ -341,17 +330,16 @@ def test_wrong_input_is_one_line_and_status_2(sample, changes, message, capsys, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_result_that_would_go_where_the_data_are_is_refused(sample, data, tmp_path, capsys, server):
+def test_a_result_does_not_replace_the_data(sample, data, tmp_path, capsys):
     path = tmp_path / "out" / f"{NAME}_results.json"
     write_records(path, read_json(data))
-    for changes in ({}, on(server)):
-        with pytest.raises(SystemExit) as ended:
-            sample(data_path=path, data_suffix="p", **changes)
-        assert ended.value.code == 2 and "found the data to read where" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        sample(data_path=path, data_suffix="p")
+    assert ended.value.code == 2 and "found the data to read where" in capsys.readouterr().err
     assert read_json(path) == read_json(data)
 
 
-def test_a_folder_that_cannot_be_written_is_found_before_the_model_loads(sample, tmp_path, capsys, monkeypatch):
+def test_a_bad_folder_is_an_error_before_the_model_loads(sample, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("apo.sampling.load_llm", None)
     (tmp_path / "out").write_text("")
     with pytest.raises(SystemExit) as ended:
@@ -359,16 +347,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_model_loads(sample,
     assert ended.value.code == 2 and "cannot be written" in capsys.readouterr().err
 
 
-def test_bad_records_are_named(sample, data, capsys):
-    data.write_text(json.dumps([pair(), {"text": "x", "scores": []}]))
-    with pytest.raises(SystemExit):
-        sample()
-    assert 'p.json: record 2: field "text"' in capsys.readouterr().err
-
-
 @pytest.mark.slow
 def test_script_runs_as_it_is(tmp_path):
-    """The tiny LLaMA answers three prompts, and the converter takes the answers."""
+    """The tiny LLaMA samples for three prompts, and the converter reads the file."""
     data = tmp_path / "rm_data"
     for name in ("hh_split_rm.train.json", "hh_split_rm.golden.json"):
         write_records(data / name, read_json(REPO_ROOT / "data" / "sample" / "rm_data" / name)[:3])
