@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from apo.cli import InputError, OneLineParser, exit_on_input_error
 from apo.generation import DECODING, Decoding, Engine, default_decoding, generate_responses
+from apo.launch import count_processes, process_rank
 from apo.prompts import TEMPLATES, Prompt, render_prompts, stop_strings_of
 from apo.records import DATA_TYPES, load_prompts
 from apo.resume import ResultStore, refuse_overwriting
@@ -141,7 +141,7 @@ def make_engine(args: argparse.Namespace, decoding: Decoding, rendered: dict[Pro
     Raises:
         InputError: flags, model and prompts do not fit.
     """
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = count_processes()
     if args.engine == "openai":
         if num_processes > 1:
             raise InputError(f"--engine openai in {num_processes} processes: expected one; use --concurrency instead")
@@ -171,7 +171,7 @@ def main() -> None:
     """Parse -> prompts -> engine -> responses -> result."""
     args = parse_args()
     decoding = settle(args)
-    rank = int(os.environ.get("RANK", "0"))
+    rank = process_rank()
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(levelname)s: %(message)s")
     result_path = args.output_dir / f"{args.model_prefix}_{args.task_type}_{args.data_suffix}_results.json"
     refuse_overwriting(args.data_path, result_path)
