@@ -14,13 +14,13 @@ The contestants have the same weights, data, precision, optimizer and pooling (l
 
 Each is a transformers Trainer with its own data loader, collator, `training_step`, AdamW, clipping and update; scoring
 is `Trainer.predict`. Schedule, logging, checkpoints and tokenising are left out. A prompt with several pairs is one
-item for `tree` and several for the others, shuffled and accumulated: all make the same number of updates from the same
-pairs. The contestants take turns in every round; a ratio is the median of the ratios within a round. The learning rate
-is 0, so the weights stay equal and "check", the mean loss or reward, shows that all compute the same function.
+item for `tree` and several, shuffled and accumulated, for the others: all make the same updates from the same pairs.
+The contestants take turns in every round; a ratio is the median of the ratios within a round. The learning rate is 0,
+so the weights stay equal and "check", the mean loss or reward, shows that all compute the same function.
 
-"Of matrix rate" compares a contestant's matrix products with one plain product of the same shape and dtype, measured
-in the same round. It counts 2 operations per weight of a linear layer and token run, times 3 in training, and leaves
-out attention, so it is a lower bound. Linux only: CPU memory is the peak resident set above its level before the round.
+"Of matrix rate" compares a contestant's matrix products with a plain product of the model's shape and dtype, in the
+same round. It counts 2 operations per weight of a linear layer and token run, times 3 in training; attention is left
+out: a lower bound. Linux only: CPU memory is the peak resident set above its level before the round.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, PrinterCallback, Trainer
 
@@ -74,16 +74,12 @@ COLUMNS = {
     "tokens_per_pair": ("tokens/pair", ".0f"),
     "tokens_per_response": ("tokens/response", ".0f"),
     "peak_memory_mib": ("peak MiB", ",.0f"),
-    "share_of_matrix_rate": ("of matrix rate", ".0%"),
+    "share_of_matrix_rate": ("of matrix rate", ".1%"),
     "check": ("check", ".5f"),
 }
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-
 Row = dict[str, Any]  # of `tokenize_records`
-
-
-# ------------------------------------------------------------------------------------------------ data
 
 
 def run_tool(name: str, *words: object, **flags: object) -> None:
@@ -120,7 +116,8 @@ def lengthen_prompts(rows: Iterable[Row], num_tokens: int) -> Iterator[Row]:
     """Puts the dialogues of earlier rows before each prompt, so that it has `num_tokens`; short responses only."""
     context: list[int] = []
     for row in rows:
-        shared = min(common_prefix_length(*map(np.array, pair)) for pair in itertools.pairwise(row["input_ids"]))
+        first, *others = map(np.array, row["input_ids"])
+        shared = min((common_prefix_length(first, other) for other in others), default=len(first))
         if len(context) >= num_tokens and row["longest"] - shared <= SHORT_RESPONSE:
             before = context[len(context) - max(0, num_tokens - shared) :]
             sizes = {key: row[key] + len(before) for key in ("length", "longest")}
@@ -130,23 +127,18 @@ def lengthen_prompts(rows: Iterable[Row], num_tokens: int) -> Iterator[Row]:
 
 def split_pairs(group: Row) -> list[Row]:
     """The pairs of a row, each a row of its own with the preferred sequence first."""
+    ids, scores = group["input_ids"], group["scores"]
     return [
-        {**group, "num_pairs": 1, **{key: [group[key][i], group[key][j]] for key in ("input_ids", "scores")}}
-        for i, j in preferred_pairs(group["scores"])
+        {**group, "input_ids": [ids[i], ids[j]], "scores": [scores[i], scores[j]], "num_pairs": 1}
+        for i, j in preferred_pairs(scores)
     ]
 
 
 def draw_rounds(rows: Iterable[Row], num_rounds: int, num_items: int) -> list[list[Row]]:
-    """Divides rows into rounds of `num_items`; rounds are repeated only if there are too few rows.
-
-    Raises:
-        InputError: a round needs more items than there are.
-    """
+    """Divides rows into rounds of `num_items`; rounds are repeated only if there are too few rows."""
     drawn = list(itertools.islice(rows, num_rounds * num_items))
     if len(drawn) < num_items:
-        raise InputError(
-            f"--batch_size, --num_batches: a round needs {num_items} items, the data has {len(drawn)}; lower one"
-        )
+        raise InputError(f"--batch_size, --num_batches: found {len(drawn)} items, expected {num_items}; lower one")
     rounds = [drawn[i : i + num_items] for i in range(0, len(drawn) - num_items + 1, num_items)]
     return list(itertools.islice(itertools.cycle(rounds), num_rounds))
 
@@ -157,26 +149,20 @@ def draw_rounds(rows: Iterable[Row], num_rounds: int, num_items: int) -> list[li
 class Contestant:
     """A trainer whose model and optimizer are ready to run; counts the tokens that its backbone runs."""
 
-    def __init__(self, name: str, trainer: Trainer) -> None:
+    def __init__(self, name: str, trainer: Trainer, mode: str) -> None:
         self.name, self.trainer = name, trainer
         # As `Trainer.train` does; it is what turns bf16 on.
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
         self.num_tokens = self.num_passes = 0
         trainer.model.model.embed_tokens.register_forward_hook(self._count)
+        linear = {name: x.weight for name, x in trainer.model.named_modules() if isinstance(x, nn.Linear)}
+        # A backward pass takes twice a forward pass; that of the dropped LM head does not run.
+        passes = {name: 1 if mode == "scoring" or name == "lm_head" else 3 for name in linear}
+        self.operations_per_token = sum(2 * passes[name] * weight.numel() for name, weight in linear.items())
 
     def _count(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         self.num_tokens += args[0].numel()
         self.num_passes += 1
-
-    def operations_per_token(self, mode: str) -> int:
-        """Floating-point operations of the linear layers; a backward pass takes twice those of the forward pass.
-
-        The LM head of the reference has no backward pass, because its output is dropped.
-        """
-        modules = self.trainer.model.named_modules()
-        weights = {name: module.weight.numel() for name, module in modules if isinstance(module, nn.Linear)}
-        lm_head = weights.pop("lm_head", 0)
-        return 2 * (lm_head + sum(weights.values()) * (1 if mode == "scoring" else 3))
 
 
 def make_dataset(name: str, groups: list[Row], args: argparse.Namespace) -> Dataset:
@@ -184,27 +170,24 @@ def make_dataset(name: str, groups: list[Row], args: argparse.Namespace) -> Data
     if args.mode == "scoring" or name in ("tree", "padded_groups"):
         return Dataset.from_list(groups)
     pairs = [pair for group in groups for pair in split_pairs(group)]
-    pairs = [pairs[i] for i in np.random.default_rng(args.seed).permutation(len(pairs))]
+    np.random.default_rng(args.seed).shuffle(pairs)
     if name == "trl":
         pairs = [{**x, "chosen_ids": x["input_ids"][0], "rejected_ids": x["input_ids"][1]} for x in pairs]
     return Dataset.from_list(pairs)
 
 
 def make_trainer(
-    name: str, path: str, tokenizer: RewardTokenizer, settings: RewardSettings, dataset: Dataset, args: Any
+    name: str, path: str, tokenizer: RewardTokenizer, settings: RewardSettings, rows: list[Row], args: Any
 ) -> Trainer:
-    """Loads the model of a contestant and builds its trainer; TRL needs a data set of pairs to do so."""
+    """Loads the model of a contestant and builds its trainer; TRL's needs a data set, made of `rows`."""
     flags = {
         "output_dir": str(args.output_dir),
         "per_device_train_batch_size": args.batch_size,
         "per_device_eval_batch_size": args.batch_size,
         "train_sampling_strategy": "sequential",
         "learning_rate": 0.0,
-        "use_cpu": DEVICE == "cpu",
         "bf16": DEVICE == "cuda",
-        "report_to": "none",
         "disable_tqdm": True,
-        "seed": args.seed,
     }
     batching = "tree" if name == "tree" else "padded"
     config = load_config(path)
@@ -212,9 +195,11 @@ def make_trainer(
     loading = {"seed": args.seed, "with_lm_head": name == "reference", "attention": attention}
     model, _ = load_reward_model(path, config, tokenizer, settings, **loading)
     if name == "trl":
+        dataset = make_dataset(name, rows, args)
         return make_trl_trainer(model, tokenizer, dataset, {**flags, "max_length": settings.max_length})
     collator = RewardDataCollator(tokenizer.pad_token_id, batching=batching)
     if name == "reference":
+        # Its dummy responses do not occur: the items of a workload have equally many responses.
         collator = functools.partial(pad_to_max_length, collator, settings.max_length)
         model.model.register_forward_hook(functools.partial(run_and_drop, model.lm_head))
     training_args = RewardTrainingArguments(**flags, batching=batching)
@@ -294,9 +279,7 @@ def matrix_rate(num_tokens: int, weight: Tensor) -> float:
     seconds: list[float] = []
     while sum(seconds) < 1.0:
         start = time.perf_counter()
-        F.linear(states, weight)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        F.linear(states, weight)[0, 0].item()  # waits for the device
         seconds.append(time.perf_counter() - start)
     return 2 * num_tokens * weight.numel() / float(np.median(seconds))
 
@@ -319,7 +302,7 @@ def measure(contestant: Contestant, groups: list[Row], args: argparse.Namespace)
         "items_per_second": len(groups) / seconds,
         f"tokens_per_{unit}": contestant.num_tokens / num_units,
         "peak_memory_mib": (memory_level() - before) / 2**20,
-        "tflops_per_second": contestant.operations_per_token(args.mode) * contestant.num_tokens / seconds / 1e12,
+        "tflops_per_second": contestant.operations_per_token * contestant.num_tokens / seconds / 1e12,
         "check": check,
     }
 
@@ -342,7 +325,7 @@ def race(contestants: list[Contestant], rounds: list[list[Row]], args: argparse.
 
 def summarize(results: dict[str, list[dict]]) -> dict[str, dict[str, Any]]:
     """Medians over the rounds, and the ratio of the seconds to those of the first contestant, within each round."""
-    base = next(iter(results.values()))
+    base, *_ = results.values()
     summary = {}
     for name, rounds in results.items():
         ratios = [r["seconds"] / b["seconds"] for r, b in zip(rounds, base, strict=True)]
@@ -366,23 +349,19 @@ def format_race(summary: dict[str, dict[str, Any]]) -> str:
     return format_table(("contestant", *(title for title, _ in columns.values()), f"{first} is faster by"), rows)
 
 
-# ------------------------------------------------------------------------------------------------ main
-
-
 def parse_args() -> argparse.Namespace:
-    """Reads the command line."""
+    """Reads and checks the command line, and settles the defaults that depend on other flags."""
     real = REPO_ROOT / "data" / "hh-split"
     data_dir = os.environ.get("HH_DATA_DIR") or (real if real.is_dir() else REPO_ROOT / "data" / "sample")
     parser = OneLineParser(
-        description="Measures training steps or scored batches under several ways of batching, side by side.",
+        description=__doc__.splitlines()[0],
         epilog="example:\n  python tools/dev/benchmark.py --output_dir outputs/benchmark --threads 2",
     )
     add = parser.add_argument
-    names = sorted({*itertools.chain(*CONTESTANTS.values())})
     add("--output_dir", type=Path, required=True, help="folder for benchmark.json and benchmark.png")
     add("--mode", choices=CONTESTANTS, default="training", help="what to measure (default: training)")
     add("--workload", nargs="+", choices=WORKLOADS, help="default: all in training, apo_groups in scoring")
-    add("--contestants", nargs="+", choices=names, help="the first is compared with the others")
+    add("--contestants", nargs="+", help="the first is compared with the others (default: all but padded_groups)")
     add("--data_dir", type=Path, default=Path(data_dir), help="default: HH_DATA_DIR, data/hh-split or data/sample")
     add("--model_name_or_path", help="a LLaMA with its tokenizer (default: random, its tokenizer trained on the data)")
     add("--hidden_size", type=int, default=384, help="of the random LLaMA, a head for each 64 (default: 384)")
@@ -393,15 +372,7 @@ def parse_args() -> argparse.Namespace:
     add("--rounds", type=int, default=5, help="rounds of each contestant (default: 5)")
     add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
     add("--seed", type=int, default=42, help="of weights and order (default: 42)")
-    return parser.parse_args()
-
-
-def complete_args(args: argparse.Namespace) -> None:
-    """Settles the defaults that depend on one another.
-
-    Raises:
-        InputError: a number below 1, or a contestant that this mode or this environment does not have.
-    """
+    args = parser.parse_args()
     for name in ("batch_size", "num_batches", "rounds", "threads"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: expected 1 or more")
@@ -414,6 +385,7 @@ def complete_args(args: argparse.Namespace) -> None:
     args.contestants = args.contestants or [name for name in known if name != "padded_groups"]
     if not set(args.contestants) <= set(known):
         raise InputError(f"--contestants {' '.join(args.contestants)}: --mode {args.mode} has {', '.join(known)}")
+    return args
 
 
 def run_workload(name: str, args: argparse.Namespace, model_path: str, work_dir: Path) -> dict[str, dict[str, Any]]:
@@ -433,21 +405,15 @@ def run_workload(name: str, args: argparse.Namespace, model_path: str, work_dir:
     rounds = draw_rounds(rows, 1 + args.rounds, args.batch_size * args.num_batches)
     contestants = []
     for contestant in args.contestants:
-        dataset = make_dataset(contestant, rounds[0][:1], args)
-        contestants.append(
-            Contestant(contestant, make_trainer(contestant, model_path, tokenizer, settings, dataset, args))
-        )
+        trainer = make_trainer(contestant, model_path, tokenizer, settings, rounds[0], args)
+        contestants.append(Contestant(contestant, trainer, args.mode))
     return summarize(race(contestants, rounds, args))
 
 
 def make_model(args: argparse.Namespace, output_dir: Path) -> str:
     """Writes a random LLaMA whose tokenizer, at most 32,000 pieces, is trained on the data; returns its path."""
     pairs, _, sampled = find_files(args.data_dir)
-    sizes = {
-        "hidden_size": args.hidden_size,
-        "num_layers": args.num_layers,
-        "num_heads": max(1, args.hidden_size // 64),
-    }
+    sizes = {"hidden_size": args.hidden_size, "num_layers": args.num_layers, "num_heads": args.hidden_size // 64 or 1}
     longest = args.max_length or max(WORKLOADS.values())
     flags = {"vocab_size": 32000, "max_position_embeddings": longest, "seed": args.seed, "output_dir": output_dir}
     run_tool("dev/make_tiny_llama.py", "--corpus", pairs, sampled, **sizes, **flags)
@@ -459,12 +425,9 @@ def main() -> None:
     """Measures every workload, prints a table of each, writes the numbers and a figure."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    disable_progress_bars()
     args = parse_args()
-    complete_args(args)
     machine = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
         "dtype": str(DTYPE).removeprefix("torch."),
         "packages": {"torch": torch.__version__, "transformers": transformers.__version__},
         "commit": git_commit(),
@@ -476,7 +439,7 @@ def main() -> None:
         for name in args.workload:
             summaries[name] = run_workload(name, args, model_path, Path(folder))
             print(f"\n{name}, micro-batches of {args.batch_size}\n\n{format_race(summaries[name])}", flush=True)
-    flags = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    flags = {**vars(args), "output_dir": str(args.output_dir), "data_dir": str(args.data_dir)}
     write_json(args.output_dir / "benchmark.json", {"flags": flags, "machine": machine, "results": summaries})
     panels = {name: {bar: x["items_per_second"] for bar, x in rows.items()} for name, rows in summaries.items()}
     plot_bars(args.output_dir / "benchmark.png", panels, "items per second")
