@@ -18,9 +18,9 @@ item for `tree` and several, shuffled and accumulated, for the others: all make 
 The contestants take turns in every round; a ratio is the median of the ratios within a round. The learning rate is 0,
 so the weights stay equal and "check", the mean loss or reward, shows that all compute the same function.
 
-"Of matrix rate" compares a contestant's matrix products with a plain product of the model's shape and dtype, in the
-same round. It counts 2 operations per weight of a linear layer and token run, times 3 in training; attention is left
-out: a lower bound. Linux only: CPU memory is the peak resident set above its level before the round.
+"Of matrix rate" is the rate of a contestant's matrix products over that of a plain product of the model's shape and
+dtype, measured in the same round. It counts 2 operations per weight of a linear layer and token run, times 3 in
+training. Attention, optimizer and data loading add time but no operations, so it is a lower bound. Linux only.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, PrinterCallback, Trainer
 
@@ -186,6 +186,7 @@ def make_trainer(
         "per_device_eval_batch_size": args.batch_size,
         "train_sampling_strategy": "sequential",
         "learning_rate": 0.0,
+        "use_cpu": DEVICE == "cpu",
         "bf16": DEVICE == "cuda",
         "disable_tqdm": True,
     }
@@ -259,7 +260,7 @@ def train_round(contestant: Contestant, dataset: Dataset, num_updates: int) -> f
 
 
 def memory_level(*, reset: bool = False) -> int:
-    """Bytes in use: the most since the last reset, or, on a reset, those of now."""
+    """Bytes in use, on a CPU the resident set: the most since the last reset, or, on a reset, those of now."""
     if DEVICE == "cuda":
         if reset:
             torch.cuda.reset_peak_memory_stats()
@@ -309,18 +310,17 @@ def measure(contestant: Contestant, groups: list[Row], args: argparse.Namespace)
 
 def race(contestants: list[Contestant], rounds: list[list[Row]], args: argparse.Namespace) -> dict[str, list[dict]]:
     """Measures round by round, all contestants in turn; the first round is a warm-up. Returns {contestant: rounds}."""
-    results: dict[str, list[dict]] = {contestant.name: [] for contestant in contestants}
-    first = contestants[0]
+    history, first = [], contestants[0]
     weight = first.trainer.model.model.layers[0].mlp.up_proj.weight
     for i, groups in enumerate(rounds):
         measured = {contestant.name: measure(contestant, groups, args) for contestant in contestants}
         rate = matrix_rate(first.num_tokens // first.num_passes, weight) / 1e12
-        for name, values in measured.items():
-            share = values["tflops_per_second"] / rate
-            results[name].append({**values, "matrix_tflops_per_second": rate, "share_of_matrix_rate": share})
+        for values in measured.values():
+            values |= {"matrix_tflops_per_second": rate, "share_of_matrix_rate": values["tflops_per_second"] / rate}
+        history.append(measured)
         speeds = ", ".join(f"{name} {values['items_per_second']:.3g}" for name, values in measured.items())
         print(f"round {i} of {args.rounds}: {speeds} items/s" if i else "warm-up done", file=sys.stderr)
-    return {name: values[1:] for name, values in results.items()}
+    return {name: [measured[name] for measured in history[1:]] for name in history[0]}
 
 
 def summarize(results: dict[str, list[dict]]) -> dict[str, dict[str, Any]]:
@@ -340,7 +340,7 @@ def summarize(results: dict[str, list[dict]]) -> dict[str, dict[str, Any]]:
 
 def format_race(summary: dict[str, dict[str, Any]]) -> str:
     """The table of one workload."""
-    first = next(iter(summary))
+    first, *_ = summary
     columns = {key: column for key, column in COLUMNS.items() if key in summary[first]}
     rows = []
     for name, values in summary.items():
@@ -351,8 +351,7 @@ def format_race(summary: dict[str, dict[str, Any]]) -> str:
 
 def parse_args() -> argparse.Namespace:
     """Reads and checks the command line, and settles the defaults that depend on other flags."""
-    real = REPO_ROOT / "data" / "hh-split"
-    data_dir = os.environ.get("HH_DATA_DIR") or (real if real.is_dir() else REPO_ROOT / "data" / "sample")
+    data_dir = os.environ.get("HH_DATA_DIR") or REPO_ROOT / "data" / "sample"
     parser = OneLineParser(
         description=__doc__.splitlines()[0],
         epilog="example:\n  python tools/dev/benchmark.py --output_dir outputs/benchmark --threads 2",
@@ -362,7 +361,7 @@ def parse_args() -> argparse.Namespace:
     add("--mode", choices=CONTESTANTS, default="training", help="what to measure (default: training)")
     add("--workload", nargs="+", choices=WORKLOADS, help="default: all in training, apo_groups in scoring")
     add("--contestants", nargs="+", help="the first is compared with the others (default: all but padded_groups)")
-    add("--data_dir", type=Path, default=Path(data_dir), help="default: HH_DATA_DIR, data/hh-split or data/sample")
+    add("--data_dir", type=Path, default=Path(data_dir), help="default: HH_DATA_DIR, else data/sample")
     add("--model_name_or_path", help="a LLaMA with its tokenizer (default: random, its tokenizer trained on the data)")
     add("--hidden_size", type=int, default=384, help="of the random LLaMA, a head for each 64 (default: 384)")
     add("--num_layers", type=int, default=8, help="of the random LLaMA (default: 8)")
@@ -425,6 +424,7 @@ def main() -> None:
     """Measures every workload, prints a table of each, writes the numbers and a figure."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    disable_progress_bars()
     args = parse_args()
     machine = {
         "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or "cpu",
