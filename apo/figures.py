@@ -1,4 +1,4 @@
-"""Every plot: training curves, reliability diagrams, and what the tools draw."""
+"""Every plot: training curves, reliability diagrams, and those of the tools."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(num_panels: int, width: float = 4.5, height: float = 3.5) -> tuple[Figure, list[Axes]]:
-    """Returns a figure and its panels, side by side, each of so many inches."""
+    """Returns a figure and its panels, side by side, each `width` x `height` inches."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * num_panels, height), layout="constrained")
@@ -23,13 +23,17 @@ def new_figure(num_panels: int, width: float = 4.5, height: float = 3.5) -> tupl
 
 
 def save_figure(path: str | Path, figure: Figure) -> None:
-    """Writes a figure as PNG, whole or not at all."""
+    """Writes a figure as PNG, whole or not at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
 
 def plot_training_curves(output_dir: str, log_history: list[dict[str, float]]) -> None:
-    """Draws loss, accuracy and margin over the steps, training and each evaluation set, to `training_curves.png`."""
+    """Plots loss, accuracy and margin of training and each evaluation set over the steps: `training_curves.png`."""
     names = ("loss", "accuracy", "margin")
     losses = {key for log in log_history for key in log if key.startswith("eval_") and key.endswith("_loss")}
     eval_sets = sorted(key.removeprefix("eval_").removesuffix("_loss") for key in losses)
@@ -45,7 +49,13 @@ def plot_training_curves(output_dir: str, log_history: list[dict[str, float]]) -
 
 
 def save_calibration(output_dir: str, name: str, curves: dict[int, dict[str, np.ndarray]]) -> None:
-    """Writes the reliability diagram of one evaluation set, per number of bins: numbers as JSON, and a PNG."""
+    """Writes the reliability diagrams of one evaluation set, one per number of bins, as JSON and as PNG.
+
+    Args:
+        output_dir: gets `calibration_<name>.json` and `.png`.
+        name: of the evaluation set; `/` becomes `_`.
+        curves: {number of bins: `trainer.calibration_curve`}.
+    """
     stem = Path(output_dir) / f"calibration_{name.replace('/', '_').removesuffix('.json')}"
     numbers = {bins: {key: values.tolist() for key, values in curve.items()} for bins, curve in curves.items()}
     write_json(stem.with_name(stem.name + ".json"), numbers)
@@ -55,3 +65,15 @@ def save_calibration(output_dir: str, name: str, curves: dict[int, dict[str, np.
         axis.plot(curve["confidence"], curve["accuracy"], marker="o")
         axis.set(xlabel="predicted probability", ylabel="share preferred", title=f"{name}, {bins} bins")
     save_figure(stem.with_name(stem.name + ".png"), figure)
+
+
+def plot_bars(path: str | Path, panels: dict[str, dict[str, float]], label: str) -> None:
+    """Plots horizontal bars, one panel per title: `panels` is {title: {bar: value}}, `label` names the values."""
+    figure, axes = new_figure(len(panels), width=4, height=3)
+    for (title, bars), axis in zip(panels.items(), axes, strict=True):
+        drawn = axis.barh(list(bars), list(bars.values()), color=[f"C{i}" for i in range(len(bars))])
+        axis.bar_label(drawn, fmt="%.3g", padding=3)
+        axis.invert_yaxis()
+        axis.margins(x=0.2)
+        axis.set(title=title, xlabel=label)
+    save_figure(path, figure)

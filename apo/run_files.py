@@ -1,24 +1,42 @@
-"""What a run leaves beside the model: results, manifest, curves, reliability diagrams, model card."""
+"""The files of a run beside the model: arguments, manifest, results, model card; and Markdown tables."""
 
 from __future__ import annotations
 
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from apo.cli import sha256_of_file, write_json
-
-if TYPE_CHECKING:
-    pass
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
 
 
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int = 1) -> str:
+    """Returns a Markdown table that is also aligned in a terminal.
+
+    Args:
+        header: names of the columns.
+        rows: cells, as many in each row as the header has.
+        num_text_columns: columns aligned to the left; the others hold numbers and are aligned to the right.
+    """
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * width if i < num_text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
+    lines = []
+    for cells in (header, rule, *rows):
+        padded = [
+            cell.ljust(width) if i < num_text_columns else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(padded)} |")
+    return "\n".join(lines)
+
+
 def git_commit() -> str:
-    """The commit of this checkout, with "-dirty" when files differ from it; "unknown" outside a checkout."""
+    """Returns the commit of this checkout, with "-dirty" when files differ from it; "unknown" outside a checkout."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
@@ -51,31 +69,27 @@ def write_results(output_dir: str, split: str, metrics: dict[str, Any]) -> None:
 
 def write_model_card(output_dir: str, base_model: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """Writes `README.md`: what the model is, how to score with it, its settings and its metrics."""
+    formats = {"accuracy": ".4f", "pairs": ".0f", "margin": ".4f", "loss": ".4f"}
     rows = [
-        f"| {name} | {metrics[f'eval_{name}_accuracy']:.4f} | {metrics[f'eval_{name}_pairs']} "
-        f"| {metrics[f'eval_{name}_margin']:.4f} | {metrics[f'eval_{name}_loss']:.4f} |"
+        (name, *(f"{metrics[f'eval_{name}_{key}']:{spec}}" for key, spec in formats.items()))
         for name, metrics in results.items()
         if f"eval_{name}_accuracy" in metrics
     ]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [reward-model, preference-learning, adversarial-preference-optimization]",
-        "---",
-        "",
-        f"Reward model, trained from `{base_model}` with the preference losses of arXiv:2311.08045.",
-        "A reward is an unbounded scalar; only differences between answers to the same prompt carry meaning.",
-        "",
-        "Scoring: `python train.py --task_type inference --model_name_or_path <this folder> --data_type reject_sample "
-        "--eval_data_path <file> --output_dir <folder>`; the settings below are read from `config.json`.",
-        "",
-        "| setting | value |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in settings.items()),
-        "",
-        "| evaluation set | accuracy | pairs | margin | loss |",
-        "|---|---|---|---|---|",
-        *rows,
-        "",
-    ]
-    (Path(output_dir) / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    settings_table = format_table(("setting", "value"), [(name, str(settings[name])) for name in settings], 2)
+    metrics_table = format_table(("evaluation set", *formats), rows)
+    card = f"""---
+library_name: transformers
+tags: [reward-model, preference-learning, adversarial-preference-optimization]
+---
+
+Reward model, trained from `{base_model}` with the preference losses of arXiv:2311.08045.
+A reward is an unbounded scalar; only differences between responses to the same prompt have a meaning.
+
+Scoring: `python train.py --task_type inference --model_name_or_path <this folder> --data_type reject_sample \
+--eval_data_path <file> --output_dir <folder>`; the settings below are read from `config.json`.
+
+{settings_table}
+
+{metrics_table}
+"""
+    (Path(output_dir) / "README.md").write_text(card, encoding="utf-8")

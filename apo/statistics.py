@@ -1,4 +1,4 @@
-"""Intervals and estimates."""
+"""Confidence intervals and estimates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share that was observed in `count` independent trials.
+    """Wilson's 95 % score interval of a share, observed in `count` independent trials.
 
     Returns:
         (low, high) within [0, 1].

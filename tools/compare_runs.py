@@ -2,7 +2,7 @@
 
     python tools/compare_runs.py outputs/rm_base outputs/rm_apo
 
-An interval is Wilson's, at 95 %. It takes pairs as independent, which several samples for one prompt are not quite.
+Intervals are Wilson's, at 95 %. They assume independent pairs; pairs of several samples for one prompt are not quite.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from apo.cli import InputError, OneLineParser, exit_on_input_error
+from apo.run_files import format_table
 from apo.statistics import wilson_interval
 from reward_datasets import name_datasets
 
@@ -21,10 +21,10 @@ COLUMNS = ("evaluation set", "run", "accuracy %", "95 % interval", "pairs", "tie
 
 
 def read_results(run_dir: str | Path) -> dict[str, dict[str, float]]:
-    """Reads what a run found on each evaluation set, {set: {metric: value}}.
+    """Reads the metrics of a run on each evaluation set, {set: {metric: value}}.
 
     Raises:
-        InputError: no results there, or no JSON object of objects.
+        InputError: the file is missing, is not JSON, or is not an object of objects.
     """
     path = Path(run_dir) / RESULTS_FILE
     if not path.is_file():
@@ -32,14 +32,14 @@ def read_results(run_dir: str | Path) -> dict[str, dict[str, float]]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{path}: broken JSON ({error}); expected what train.py wrote") from error
+        raise InputError(f"{path}: broken JSON ({error}); expected a file that train.py wrote") from error
     if not isinstance(results, dict) or not all(isinstance(metrics, dict) for metrics in results.values()):
-        raise InputError(f"{path}: found no object of evaluation sets; expected what train.py wrote")
+        raise InputError(f"{path}: found no object of evaluation sets; expected a file that train.py wrote")
     return results
 
 
 def format_row(name: str, run: str, metrics: dict[str, float], bins: int) -> tuple[str, ...]:
-    """One row of the table; "-" stands for what the run did not measure."""
+    """One row of the table; "-" where the run did not measure a value."""
     found = {key.removeprefix(f"eval_{name}_"): value for key, value in metrics.items()}
     num_pairs = found.get("pairs", 0)
     if not num_pairs:
@@ -58,8 +58,8 @@ def format_row(name: str, run: str, metrics: dict[str, float], bins: int) -> tup
     )
 
 
-def compare(results: dict[str, dict[str, Any]], bins: int) -> list[tuple[str, ...]]:
-    """Rows of the table, set by set in the order of their first appearance, the runs of a set below one another.
+def compare(results: dict[str, dict[str, dict[str, float]]], bins: int) -> list[tuple[str, ...]]:
+    """Rows of the table: one evaluation set after another, each with all its runs.
 
     Args:
         results: {run: {set: {metric: value}}}.
@@ -67,18 +67,6 @@ def compare(results: dict[str, dict[str, Any]], bins: int) -> list[tuple[str, ..
     """
     names = dict.fromkeys(name for sets in results.values() for name in sets)
     return [format_row(name, run, sets[name], bins) for name in names for run, sets in results.items() if name in sets]
-
-
-def format_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table, aligned; numbers (from the third column on) to the right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-
-    def line(cells: tuple[str, ...]) -> str:
-        aligned = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "| " + " | ".join(aligned) + " |"
-
-    rule = tuple("-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths))
-    return "\n".join([line(header), line(rule), *map(line, rows)])
 
 
 def parse_args() -> argparse.Namespace:
@@ -97,7 +85,8 @@ def main() -> None:
     """Reads the results of each run and prints one table."""
     args = parse_args()
     results = {run: read_results(path) for run, path in name_datasets(args.run_dirs).items()}
-    print(format_table((*COLUMNS, f"ECE, {args.bins} bins"), compare(results, args.bins)))
+    rows = compare(results, args.bins)
+    print(format_table((*COLUMNS, f"ECE, {args.bins} bins"), rows, num_text_columns=2))
 
 
 if __name__ == "__main__":

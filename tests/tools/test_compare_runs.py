@@ -1,14 +1,13 @@
-"""tools/compare_runs.py: the interval by hand, the table, and what it refuses."""
+"""tools/compare_runs.py: the rows of the table, and what it refuses."""
 
-import json
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_tool
+from conftest import run_tool, write_records
 
 from apo.cli import InputError
-from apo.statistics import wilson_interval
-from tools.compare_runs import COLUMNS, compare, format_row, format_table, read_results
+from tools.compare_runs import compare, format_row, main, read_results
 
 
 def metrics_of(name: str, accuracy: float, pairs: int, **extra: float) -> dict[str, float]:
@@ -17,25 +16,11 @@ def metrics_of(name: str, accuracy: float, pairs: int, **extra: float) -> dict[s
 
 
 def write_run(folder: Path, results: object) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "final_eval_results.json").write_text(json.dumps(results), encoding="utf-8")
+    write_records(folder / "final_eval_results.json", results)
     return folder
 
 
-def test_wilson_interval_by_hand():
-    """8 of 10, z = 1.96: z^2/n = 0.38415; center (0.8 + 0.19207) / 1.38415 = 0.71674; half
-    sqrt(0.38415 * (0.16 + 0.09604)) / 1.38415 = 0.31362 / 1.38415 = 0.22658; so 0.4902 to 0.9433."""
-    assert wilson_interval(0.8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
-
-
-@pytest.mark.parametrize("count", [1, 20, 4664])
-def test_interval_stays_within_0_and_1_and_mirrors(count):
-    low, high = wilson_interval(0.0, count)
-    assert low == 0.0 and 0 < high < 1
-    assert wilson_interval(1.0, count) == pytest.approx((1 - high, 1.0))
-
-
-def test_rows_of_a_set_stand_below_one_another():
+def test_runs_are_grouped_by_evaluation_set():
     """Set a was evaluated by both runs, b by the second only."""
     results = {
         "base": {"a.json": metrics_of("a.json", 0.5, 10)},
@@ -49,7 +34,7 @@ def test_rows_of_a_set_stand_below_one_another():
     ]
 
 
-def test_ece_of_the_chosen_bins_is_shown_and_its_absence_too():
+def test_ece_of_the_chosen_bins_is_shown_if_it_was_measured():
     metrics = metrics_of("a.json", 0.5, 10, calibration_ECE_bin5=0.04321, calibration_ECE_bin10=0.1)
     assert format_row("a.json", "base", metrics, 5)[-1] == "0.043"
     assert format_row("a.json", "base", metrics, 20)[-1] == "-"
@@ -60,19 +45,14 @@ def test_set_without_a_pair_has_no_accuracy():
     assert row[2:4] == ("-", "-")
 
 
-def test_table_is_aligned_markdown():
-    lines = format_table(
-        (*COLUMNS, "ECE"), compare({"run": {"a.json": metrics_of("a.json", 0.5, 10)}}, 10)
-    ).splitlines()
-    assert len(lines) == 3 and len({len(line) for line in lines}) == 1
-    assert set(lines[1]) <= set("|-: ")
-
-
-def test_command_prints_runs_of_the_same_name_apart(tmp_path):
-    for seed in ("seed_1", "seed_2"):
-        write_run(tmp_path / seed / "rm", {"a.json": metrics_of("a.json", 0.5, 10)})
-    done = run_tool("compare_runs.py", tmp_path / "seed_1" / "rm", tmp_path / "seed_2" / "rm")
-    assert "ECE, 10 bins" in done.stdout and "seed_1/rm" in done.stdout and "seed_2/rm" in done.stdout
+def test_runs_of_the_same_name_get_different_labels(tmp_path, monkeypatch, capsys):
+    folders = [tmp_path / seed / "rm" for seed in ("seed_1", "seed_2")]
+    for folder in folders:
+        write_run(folder, {"a.json": metrics_of("a.json", 0.5, 10)})
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", *map(str, folders)])
+    main()
+    output = capsys.readouterr().out
+    assert "ECE, 10 bins" in output and "seed_1/rm" in output and "seed_2/rm" in output
 
 
 def test_missing_results_end_in_one_line(tmp_path):
@@ -83,7 +63,7 @@ def test_missing_results_end_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("results", [[1], {"a.json": 0.5}])
 def test_other_json_is_refused(tmp_path, results):
-    with pytest.raises(InputError, match=r"expected what train\.py wrote"):
+    with pytest.raises(InputError, match="found no object of evaluation sets"):
         read_results(write_run(tmp_path / "run", results))
 
 

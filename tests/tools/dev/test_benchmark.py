@@ -1,53 +1,32 @@
-"""tools/dev/benchmark.py: what it counts, by hand; the reference's batch; every mode through the real command."""
+"""tools/dev/benchmark.py: what it counts, by hand; the reference's batch; both modes through the real command."""
 
 import importlib.util
-import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO_ROOT, command_line, forward, load_model
-from torch.utils.flop_counter import FlopCounterMode
+from conftest import REPO_ROOT, command_line, forward, load_model, read_json, run_tool
 
 from apo.cli import InputError
-from apo.records import PreferenceRecord
 from reward_datasets import RewardDataCollator
 from tools.dev.benchmark import (
     Contestant,
-    FixedLengthCollator,
+    draw_rounds,
     format_race,
     lengthen_prompts,
     main,
-    plan_rounds,
+    matrix_rate,
+    pad_to_max_length,
     split_pairs,
     summarize,
 )
 
-SAMPLE = REPO_ROOT / "data" / "sample"
-SIZES = {"batch_size": 2, "num_batches": 1, "rounds": 1, "max_length": 96, "threads": 1, "device": "cpu"}
+FLAGS = {"data_dir": REPO_ROOT / "data" / "sample", "batch_size": 2, "num_batches": 1, "rounds": 1, "max_length": 96}
+FLAGS |= {"threads": 1}
 
 
-def benchmark_command(output_dir: Path, **flags: object) -> list[str]:
-    flags = {"data_dir": SAMPLE, "output_dir": output_dir, **SIZES, **flags}
-    return [str(REPO_ROOT / "tools" / "benchmark.py"), *command_line(**flags)]
-
-
-def run_benchmark(output_dir: Path, **flags: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, *benchmark_command(output_dir, **flags)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
-
-
-def read_results(output_dir: Path) -> dict:
-    return json.loads((output_dir / "benchmark.json").read_text(encoding="utf-8"))["results"]
-
-
-# ------------------------------------------------------------------------------------------------ counting
+# ------------------------------------------------------------------------------------------------ data
 
 
 def test_group_of_three_makes_two_pairs_preferred_first():
@@ -57,154 +36,143 @@ def test_group_of_three_makes_two_pairs_preferred_first():
     assert all(pair["scores"] == [0.9, 0.1] and pair["num_pairs"] == 1 and pair["is_apo"] for pair in pairs)
 
 
-def test_rounds_repeat_no_item_and_take_others_while_there_are_any():
-    rounds = plan_rounds(10, 5, 4, seed=1)
-    assert [len(set(indices)) for indices in rounds] == [4] * 5
-    assert not set(rounds[0]) & set(rounds[1])
-    assert rounds == plan_rounds(10, 5, 4, seed=1)
-    with pytest.raises(InputError, match="a round needs 12 items, the data has 10"):
-        plan_rounds(10, 1, 12, seed=1)
+def test_rounds_take_other_rows_while_there_are_any():
+    rows = [{"query_id": i} for i in range(10)]
+    assert draw_rounds(rows, 3, 4) == [rows[:4], rows[4:8], rows[:4]]
+    with pytest.raises(InputError, match="found 10 items, expected 12"):
+        draw_rounds(rows, 1, 12)
+
+
+def test_long_prompts_have_the_given_length_and_short_responses():
+    """Rows of bos, a prompt of two tokens, a response of two (70 in row 5) and eos. The four inner tokens of each of
+    the first five rows make a context of 20; rows 6 and 7 get 17 of these before their own 3 tokens of prompt."""
+    rows = [
+        {"input_ids": [[1, 7, 10 + i, 5, 5, 2], [1, 7, 10 + i, *[6] * (70 if i == 5 else 2), 2]]} for i in range(8)
+    ]
+    for row in rows:
+        row |= {"longest": max(map(len, row["input_ids"])), "length": sum(map(len, row["input_ids"])) - 3}
+    long = list(lengthen_prompts(rows, 20))
+    assert [row["input_ids"][0][18:] for row in long] == [[7, 16, 5, 5, 2], [7, 17, 5, 5, 2]]
+    for row in long:
+        first, second = row["input_ids"]
+        assert first[:20] == second[:20] and first[20] != second[20]
+        assert (row["longest"], row["length"]) == (23, 26)
+
+
+# ------------------------------------------------------------------------------------------------ counting
 
 
 def test_ratio_is_the_median_of_the_ratios_within_rounds():
     """4/1, 9/3 and 2/1: median 3; the ratio of the medians would be 4/1."""
     results = {"tree": [{"seconds": s} for s in (1.0, 3.0, 1.0)], "padded": [{"seconds": s} for s in (4.0, 9.0, 2.0)]}
-    results = {name: [{**r, "tflops_per_second": 1.0} for r in rounds] for name, rounds in results.items()}
-    summary = summarize(results, peak_tflops=4.0)
+    summary = summarize(results)
     assert summary["padded"]["first_is_faster"] == 3.0
     assert summary["padded"]["first_is_faster_range"] == [2.0, 4.0]
-    assert summary["tree"]["first_is_faster"] == 1.0 and summary["tree"]["share_of_peak_rate"] == 0.25
+    assert summary["tree"]["first_is_faster"] == 1.0 and summary["tree"]["seconds"] == 1.0
 
 
-def test_long_prompts_have_the_length_asked_for_and_short_answers():
-    _, tokenizer = load_model()
-    records = [
-        PreferenceRecord(
-            [f"Question {i}? "] * 2, [" Yes, it is.", " No." * (1 + 99 * (i == 3))], [1.0, 0.0], str(i), []
-        )
-        for i in range(9)
-    ]
-    long = lengthen_prompts(records, tokenizer, 60)
-    assert [record.query_id for record in long] == [str(i) for i in range(9) if i != 3]
-    assert all(record.prompts[0].endswith(f"Question {record.query_id}? ") for record in long)
-    assert all(50 <= len(tokenizer.encode(record.prompts)[0]) <= 70 for record in long)
-
-
-@pytest.mark.parametrize("batching", ["tree", "padded"])
-def test_operations_are_those_of_the_matrix_products_that_run(batching):
-    """The linear layers as torch counts them, but for the reward head: 2 x 32 operations for each of two rows of 7
-    tokens, or for the two pooled tokens. Attention of 4 heads of 8: a token attends to 1 + ... + 7 = 28 in a row, in
-    each of two layers; in a tree of 5 shared tokens and 2 + 2 new ones to 15 and twice 6 + 7, in the first layer."""
+@pytest.mark.parametrize(("batching", "num_tokens"), [("tree", 9), ("padded", 14)])
+def test_operations_are_two_per_weight_and_token_and_three_times_that_in_training(batching, num_tokens):
+    """Two layers of width 32, each four projections of 32 x 32 and three of 32 x 64: 10,240 weights; a head of 32; an
+    LM head of 32 x 1,024 that has no backward pass. Two sequences of 7 tokens share 5: 9 tokens as a tree."""
     attention = "tree_branches" if batching == "tree" else "sdpa"
-    model, tokenizer = load_model(attention=attention, pooling_type="eos")
+    model, tokenizer = load_model(attention=attention, pooling_type="eos", with_lm_head=True)
     trainer = SimpleNamespace(
         model=model, create_optimizer=lambda: None, accelerator=SimpleNamespace(prepare=lambda *objects: objects)
     )
-    contestant = Contestant(batching, trainer)
+    contestants = [Contestant(batching, trainer, mode) for mode in ("scoring", "training")]
+    weights, lm_head = 2 * 10_240 + 32, 32 * 1024
+    assert contestants[0].operations_per_token == 2 * (weights + lm_head)
+    assert contestants[1].operations_per_token == 2 * (3 * weights + lm_head)
     item = {"input_ids": [[1, 7, 8, 9, 9, 5, 2], [1, 7, 8, 9, 9, 6, 2]], "scores": [0.9, 0.1], "is_apo": False}
     batch = RewardDataCollator(tokenizer.pad_token_id, batching=batching)([item])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with torch.no_grad():
         forward(model, batch)
-    linear = counter.get_total_flops() - 2 * 32 * (2 if batching == "tree" else 14)
-    attended = 15 + 2 * 13 if batching == "tree" else 2 * 2 * 28
-    assert contestant.count_flops("scoring") == linear + 4 * 4 * 8 * attended
-    assert contestant.num_tokens == (9 if batching == "tree" else 14)
+    assert (contestants[0].num_tokens, contestants[0].num_passes) == (num_tokens, 1)
+
+
+def test_matrix_rate_is_the_operations_of_the_median_product(monkeypatch):
+    """Products of 0.5, 0.25 and 0.25 s and of a second in all: (2 x 3 x 4 x 5 operations) / 0.25 s."""
+    times = iter([0.0, 0.5, 1.0, 1.25, 2.0, 2.25])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    assert matrix_rate(3, torch.ones(5, 4)) == 2 * 3 * 4 * 5 / 0.25
 
 
 # ------------------------------------------------------------------------------------------------ the batch
 
 
-def test_reference_pads_to_max_length_and_runs_dummies():
-    items = [
-        {"input_ids": [[1, 7, 2], [1, 2]], "scores": [0.9, 0.1], "is_apo": False},
-        {"input_ids": [[1, 2]], "scores": [0.5], "is_apo": False},
-    ]
-    batch = FixedLengthCollator(pad_token_id=3, dummy_ids=[1, 2], max_length=5)(items)
-    expected = [[1, 7, 2, 3, 3], [1, 2, 3, 3, 3], [1, 2, 3, 3, 3], [1, 2, 3, 3, 3]]
-    assert batch["input_ids"].tolist() == expected
-    assert batch["attention_mask"].sum(-1).tolist() == [3, 2, 2, 2]
-    torch.testing.assert_close(batch["scores"], torch.tensor([[0.9, 0.1], [0.5, -1.0]]))
-
-
-def test_reference_pads_a_single_item_to_its_longest():
+def test_reference_pads_to_max_length_but_for_a_single_item():
     item = {"input_ids": [[1, 7, 2], [1, 2]], "scores": [0.9, 0.1], "is_apo": False}
-    batch = FixedLengthCollator(pad_token_id=3, dummy_ids=[1, 2], max_length=5)([item])
-    assert batch["input_ids"].tolist() == [[1, 7, 2], [1, 2, 3]]
+    collator = RewardDataCollator(3)
+    batch = pad_to_max_length(collator, 5, [item, item])
+    assert batch["input_ids"].tolist() == 2 * [[1, 7, 2, 3, 3], [1, 2, 3, 3, 3]]
+    assert batch["attention_mask"].tolist() == 2 * [[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]]
+    assert pad_to_max_length(collator, 5, [item])["input_ids"].tolist() == [[1, 7, 2], [1, 2, 3]]
 
 
 # ------------------------------------------------------------------------------------------------ the command
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("workload", ["hh_pairs", "apo_groups"])
-def test_all_ways_to_train_compute_the_same_loss(tmp_path, base_llama, workload):
-    flags = {"model_name_or_path": base_llama, "workload": workload}
-    contestants = ["tree", "padded", "padded_groups", "reference"]
-    contestants += ["trl"] * bool(importlib.util.find_spec("trl"))
-    done = run_benchmark(tmp_path, contestants=contestants, **flags)
-    results = read_results(tmp_path)[workload]
-    assert list(results) == contestants
-    assert all(values["check"] == pytest.approx(results["tree"]["check"], abs=1e-5) for values in results.values())
-    tokens = {name: values["tokens_run"] for name, values in results.items()}
-    assert tokens["tree"] < tokens["padded"] < tokens["reference"]
-    # Pairs of 2 rows of 96 tokens; 2 prompts make 2 pairs or, with 4 samples each, 8.
-    assert tokens["reference"] == 2 * 96 * (2 if workload == "hh_pairs" else 8)
-    assert 0 <= results["tree"]["wasted_tokens"] < results["padded"]["wasted_tokens"]
-    assert all(values["items_per_second"] > 0 and values["tflops_per_second"] > 0 for values in results.values())
-    assert "| reference |" in done.stdout and (tmp_path / "benchmark.png").stat().st_size > 1000
+def run_main(monkeypatch: pytest.MonkeyPatch, **flags: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *command_line(**{**FLAGS, **flags})])
+    main()
 
 
 @pytest.mark.slow
-def test_all_ways_to_score_give_the_same_mean_reward(tmp_path):
-    """A random LLaMA of its own; 2 prompts x 4 answers x 96 tokens for the reference."""
-    run_benchmark(tmp_path, mode="scoring", hidden_size=32, num_layers=1)
-    results = read_results(tmp_path)["apo_groups"]
+def test_all_ways_to_train_compute_the_same_loss(tmp_path, base_llama):
+    """Pairs of 2 rows of 96 tokens for the reference, whether the two prompts have one pair each or four."""
+    contestants = ["tree", "padded", "padded_groups", "reference", *["trl"] * bool(importlib.util.find_spec("trl"))]
+    workloads = ["hh_pairs", "apo_groups"]
+    flags = {"output_dir": tmp_path, "model_name_or_path": base_llama, "workload": workloads, **FLAGS}
+    done = run_tool("dev/benchmark.py", *command_line(contestants=contestants, **flags))
+    assert "| reference " in done.stdout and (tmp_path / "benchmark.png").stat().st_size > 1000
+    results = read_json(tmp_path / "benchmark.json")["results"]
+    assert list(results) == workloads
+    for result in results.values():
+        assert list(result) == contestants
+        assert all(values["check"] == pytest.approx(result["tree"]["check"], abs=1e-5) for values in result.values())
+        tokens = {name: values["tokens_per_pair"] for name, values in result.items()}
+        assert tokens["tree"] < tokens["padded"] < tokens["reference"] == 2 * 96
+        assert all(values["share_of_matrix_rate"] > 0 for values in result.values())
+
+
+@pytest.mark.slow
+def test_all_ways_to_score_give_the_same_mean_reward(tmp_path, monkeypatch):
+    """On a random LLaMA of the benchmark's own."""
+    run_main(monkeypatch, mode="scoring", output_dir=tmp_path, hidden_size=32, num_layers=1)
+    results = read_json(tmp_path / "benchmark.json")["results"]["apo_groups"]
     assert list(results) == ["tree", "padded", "reference", "padded_sorted"]
-    assert results["tree"]["wasted_tokens"] == 0
     assert all(values["check"] == pytest.approx(results["tree"]["check"], abs=1e-5) for values in results.values())
-    assert results["reference"]["tokens_run"] == 2 * 4 * 96
-
-
-@pytest.mark.slow
-def test_scaling_tells_the_cost_of_an_item_at_each_size(tmp_path, base_llama):
-    done = run_benchmark(tmp_path, mode="scaling", sizes=[4, 8], model_name_or_path=base_llama)
-    results = read_results(tmp_path)["hh_pairs"]
-    assert list(results) == ["tree, 4 items", "tree, 8 items", "padded_sorted, 4 items", "padded_sorted, 8 items"]
-    assert results["tree, 4 items"]["ratio"] == 1.0 and results["tree, 8 items"]["seconds_per_item"] > 0
-    assert "at most 1.15" in done.stdout
+    assert results["tree"]["tokens_per_response"] < results["padded"]["tokens_per_response"]
+    assert results["reference"]["tokens_per_response"] == 96
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"batch_size": 0}, "--batch_size 0: expected 1 or more"),
         ({"mode": "scoring", "contestants": ["trl"]}, "--contestants trl: --mode scoring has tree, padded"),
-        ({"data_dir": "nowhere"}, "nowhere: found no rm_data/hh_split_rm_*.sample.json"),
-        ({"hidden_size": 200}, "--hidden_size 200 --num_heads 3: expected a hidden size"),
-        ({"device": "cuda"}, "--device cuda: found no GPU"),
+        ({"hidden_size": 200}, "--hidden_size 200 --num_heads 3: expected a hidden size"),  # of make_tiny_llama
     ],
 )
 def test_wrong_input_ends_in_one_line(tmp_path, monkeypatch, capsys, flags, message):
-    monkeypatch.setattr(sys, "argv", benchmark_command(tmp_path / "out", **flags))
     with pytest.raises(SystemExit) as exit_:
-        main()
+        run_main(monkeypatch, output_dir=tmp_path / "out", **flags)
     assert exit_.value.code == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"error: {message}")
     assert not (tmp_path / "out").exists()
 
 
-def test_trl_alone_needs_trl(tmp_path, monkeypatch, capsys):
+def test_trl_is_left_out_where_it_is_not_installed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(sys, "argv", benchmark_command(tmp_path, contestants=["trl"]))
     with pytest.raises(SystemExit):
-        main()
-    assert "error: --contestants trl: TRL is not installed" in capsys.readouterr().err
+        run_main(monkeypatch, output_dir=tmp_path, data_dir="nowhere")
+    output = capsys.readouterr()
+    assert "trl is left out" in output.out and "nowhere: found no rm_data" in output.err
 
 
-def test_table_names_the_first_contestant_and_hides_an_unknown_peak():
-    values = dict.fromkeys(("items_per_second", "real_tokens_per_second", "peak_memory_bytes", "check"), 1.0)
-    values |= {"wasted_tokens": 0.5, "share_of_peak_rate": None}
-    values |= {"first_is_faster": 1.0, "first_is_faster_range": [1.0, 1.0]}
-    lines = format_race({"padded": values}).splitlines()
-    assert lines[0].endswith("padded is faster by (range) |")
-    assert "| 50.0 % |" in lines[2] and "| - |" in lines[2]
+def test_table_has_the_columns_that_were_measured():
+    keys = ("items_per_second", "tokens_per_pair", "peak_memory_mib", "share_of_matrix_rate", "check")
+    values = dict.fromkeys(keys, 0.5) | {"first_is_faster": 1.0, "first_is_faster_range": [1.0, 1.0]}
+    header, _, row = format_race({"padded": values}).splitlines()
+    assert "tokens/pair" in header and "tokens/response" not in header and "padded is faster by" in header
+    assert "50.0%" in row

@@ -1,4 +1,4 @@
-"""The tiny LLaMA: loads like a real one, has LLaMA's kind of tokenizer, and is the same for the same seed."""
+"""The tiny LLaMA loads like a real one, has a tokenizer like LLaMA's, and is the same for the same seed."""
 
 import hashlib
 import json
@@ -72,7 +72,7 @@ def test_same_seed_same_files_other_seed_other_weights(tiny, corpus, tmp_path):
     assert changed == {"model.safetensors"}
 
 
-def test_callers_random_state_is_left_alone(corpus, tmp_path):
+def test_random_state_of_the_caller_does_not_change(corpus, tmp_path):
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -87,7 +87,7 @@ def test_default_corpus_is_the_sample_data(tmp_path):
     assert len(pieces.encode(" Happy to help. Tell me how it goes.")) < 16
 
 
-def test_corpus_takes_texts_of_records_and_leaves_out_ids(tmp_path):
+def test_corpus_has_the_texts_of_records_without_ids(tmp_path):
     path = tmp_path / "corpus.json"
     record = {"text": ["a\n\nb<sep> c", "d"], "scores": [1.0, 0.0], "query_id": "made_1", "type": "apo"}
     path.write_text(json.dumps([record]), encoding="utf-8")
@@ -102,7 +102,7 @@ def test_corpus_takes_texts_of_records_and_leaves_out_ids(tmp_path):
         ({"num_layers": 0}, r"--num_layers 0: expected a positive number"),
     ],
 )
-def test_sizes_that_make_no_llama_are_refused(tmp_path, sizes, message):
+def test_sizes_that_do_not_make_a_llama_are_refused(tmp_path, sizes, message):
     with pytest.raises(InputError, match=message):
         make_tiny_llama(tmp_path, **sizes)
     assert list(tmp_path.iterdir()) == []
