@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import sys
 from collections import Counter
@@ -50,6 +51,22 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
+
+
+def at_least(least: float) -> Callable[[str], float]:
+    """Returns the argparse type of a number that is finite and not below `least`; of an int, if `least` is one."""
+
+    def parse(word: str) -> float:
+        try:
+            value = type(least)(word)
+        except ValueError:
+            value = math.nan
+        if not least <= value < math.inf:
+            kind = "a whole number" if isinstance(least, int) else "a finite number"
+            raise argparse.ArgumentTypeError(f"found {word}, expected {kind} of at least {least:g}")
+        return value
+
+    return parse
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from apo.cli import InputError, describe
+from apo.cli import InputError, at_least, describe
 from apo.generation import derive_seed
 from apo.prompts import Prompt
 
@@ -36,9 +36,9 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server", "a key, if needed, is read from OPENAI_API_KEY and never shown")
     add = group.add_argument
     add("--base_url", help="for example http://localhost:8000/v1 (default: OPENAI_BASE_URL, else OpenAI)")
-    add("--concurrency", type=int, default=16, help="requests at a time (default: 16)")
-    add("--timeout", type=float, default=600, help="seconds that one request may take (default: 600)")
-    add("--max_retries", type=int, default=8, help="retries of a request, with exponential back-off (default: 8)")
+    add("--concurrency", type=at_least(1), default=16, help="requests at a time (default: 16)")
+    add("--timeout", type=at_least(0.1), default=600, help="seconds that one request may take (default: 600)")
+    add("--max_retries", type=at_least(0), default=8, help="of a request, with exponential back-off (default: 8)")
     add(
         "--skip_refused",
         action="store_true",
@@ -48,16 +48,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def check_server_flags(flags: argparse.Namespace) -> None:
-    """Refuses values that cannot work.
-
-    Raises:
-        InputError: with flag, value and what is expected.
-    """
-    for name, least in (("concurrency", 1), ("max_retries", 0)):
-        if getattr(flags, name) < least:
-            raise InputError(f"--{name} {getattr(flags, name)}: expected a whole number of at least {least}")
-    if not flags.timeout > 0:
-        raise InputError(f"--timeout {flags.timeout:g}: expected a positive number of seconds")
+    """Raises an `InputError` if nothing names a server."""
     if not (flags.base_url or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY")):
         raise InputError("found neither --base_url nor OPENAI_API_KEY in the environment, expected one of them")
 

@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from apo.cli import InputError, OneLineParser, exit_on_input_error
+from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error
 from apo.generation import generate_responses
 from apo.prompts import GOLDEN_STOP_STRINGS, Prompt, render_prompts
 from apo.records import DATA_TYPES, load_prompts
@@ -51,25 +51,18 @@ def describe_cost(prompt_tokens: int, completion_tokens: int, prices: tuple[floa
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = OneLineParser(
-        description="Golden responses to the prompts of a file, from a strong model on an OpenAI-compatible server.",
-        epilog="example:\n"
-        "  OPENAI_API_KEY=... python tools/annotate_golden.py --model gpt-4o --dry_run \\\n"
-        "      --data_path data/sample/rm_data/hh_split_rm.train.json \\\n"
-        "      --price_per_million_input 2.5 --price_per_million_output 10 \\\n"
-        "      --output_path outputs/golden/hh_split_rm.golden.json",
-    )
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="name of the model on the server")
     add("--data_path", required=True, help="prompts: text-scores records, or records with a query")
     add("--data_type", choices=DATA_TYPES, help="reject_sample: records with a query (default: as the first record)")
     add("--output_path", type=Path, required=True, help="the file to write, a JSON list")
     add("--system_prompt", help="first message of every chat: how to respond")
-    add("--temperature", type=float, help="(default: that of the server; some models accept no other)")
-    add("--max_new_tokens", type=int, default=512, help="tokens of a response (default: 512)")
+    add("--temperature", type=at_least(0.0), help="(default: that of the server; some models accept no other)")
+    add("--max_new_tokens", type=at_least(1), default=512, help="tokens of a response (default: 512)")
     add("--seed", type=int, help="the server gets one for each response, and may ignore it (default: none)")
-    add("--price_per_million_input", type=float, help="price of a million prompt tokens, in any currency")
-    add("--price_per_million_output", type=float, help="price of a million completion tokens")
+    add("--price_per_million_input", type=at_least(0.0), help="price of a million prompt tokens, in any currency")
+    add("--price_per_million_output", type=at_least(0.0), help="price of a million completion tokens")
     add("--dry_run", action="store_true", help="estimate the cost, send no request")
     add_server_flags(parser)
     return parser.parse_args()
@@ -84,12 +77,6 @@ def check(args: argparse.Namespace) -> tuple[float, float] | None:
     prices = args.price_per_million_input, args.price_per_million_output
     if (prices[0] is None) != (prices[1] is None):
         raise InputError("expected --price_per_million_input and --price_per_million_output together, found one")
-    for name in ("price_per_million_input", "price_per_million_output", "temperature"):
-        value = getattr(args, name)
-        if value is not None and not 0 <= value < math.inf:
-            raise InputError(f"--{name} {value}: expected 0 or more, and finite")
-    if args.max_new_tokens < 1:
-        raise InputError(f"--max_new_tokens {args.max_new_tokens}: expected at least 1")
     if args.output_path.suffix != ".json":
         raise InputError(f"--output_path {args.output_path}: expected a name that ends in .json")
     refuse_overwriting(args.data_path, args.output_path)

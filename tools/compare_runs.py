@@ -71,10 +71,7 @@ def compare(results: dict[str, dict[str, dict[str, float]]], bins: int) -> list[
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = OneLineParser(
-        description="Prints the evaluation results of several runs side by side, with 95 % intervals.",
-        epilog="example:\n  python tools/compare_runs.py outputs/rm_base outputs/rm_apo",
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("run_dirs", nargs="+", help=f"output folders of runs, each with a {RESULTS_FILE}")
     parser.add_argument("--bins", type=int, default=10, help="bins of the calibration error (default: 10)")
     return parser.parse_args()

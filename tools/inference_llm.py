@@ -21,7 +21,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from apo.cli import InputError, OneLineParser, exit_on_input_error
+from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error
 from apo.generation import DECODING, Decoding, Engine, default_decoding, generate_responses
 from apo.launch import count_processes, process_rank
 from apo.prompts import TEMPLATES, Prompt, render_prompts, stop_strings_of
@@ -43,16 +43,7 @@ DECODING_HELP = {
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = OneLineParser(
-        description="The LLM's responses to the prompts of a file.",
-        epilog="examples:\n"
-        "  torchrun --nproc_per_node 8 tools/inference_llm.py --model_name_or_path outputs/llm --model_prefix llm \\\n"
-        "      --data_path data/sample/llm_data/hh_split_llm.train.json --data_suffix hh_llm_train \\\n"
-        "      --task_type sampling --output_dir outputs/samples\n"
-        "  python tools/inference_llm.py --engine openai --base_url http://localhost:8000/v1 --concurrency 64 \\\n"
-        "      --model_name_or_path llm --data_path data/sample/eval_data/hh_cleaned_origin.test.json \\\n"
-        "      --task_type testing --output_dir outputs/samples",
-    )
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add(
         "--model_name_or_path", required=True, help="folder or Hub name of the LLM; with openai its name on the server"
@@ -81,11 +72,11 @@ def parse_args() -> argparse.Namespace:
     )
     local = parser.add_argument_group("engine transformers")
     local.add_argument(
-        "--max_length", type=int, default=512, help="prompt tokens; only the last are kept (default: 512)"
+        "--max_length", type=at_least(1), default=512, help="prompt tokens; only the last are kept (default: 512)"
     )
     local.add_argument(
         "--per_device_eval_batch_size",
-        type=int,
+        type=at_least(1),
         default=8,
         help="prompts at a time; in bfloat16 another number may change a token (default: 8)",
     )
@@ -112,9 +103,6 @@ def settle(args: argparse.Namespace) -> Decoding:
     default = default_decoding(args.task_type, args.prompt_template)
     decoding = replace(default, **{name: value for name, value in given.items() if value is not None})
     decoding.check()
-    for name in ("max_length", "per_device_eval_batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: expected at least 1")
     return decoding
 
 

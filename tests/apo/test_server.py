@@ -204,21 +204,11 @@ def test_messages_go_to_the_chat_endpoint(server):
 # ------------------------------------------------------------------------------------------------ flags
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"concurrency": 0}, "--concurrency 0: expected a whole number of at least 1"),
-        ({"max_retries": -1}, "--max_retries -1"),
-        ({"timeout": 0.0}, "--timeout 0"),
-        ({"base_url": None}, "found neither --base_url nor OPENAI_API_KEY"),
-    ],
-)
-def test_wrong_flags_are_refused(flags, message, monkeypatch):
+def test_flags_that_name_no_server_are_refused(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    good = {"base_url": "http://a/v1", "concurrency": 1, "max_retries": 0, "timeout": 1.0}
-    with pytest.raises(InputError, match=message):
-        check_server_flags(argparse.Namespace(**{**good, **flags}))
+    with pytest.raises(InputError, match="found neither --base_url nor OPENAI_API_KEY"):
+        check_server_flags(argparse.Namespace(base_url=None))
 
 
 def test_the_address_is_recorded_without_password(server):

@@ -187,9 +187,6 @@ def test_a_bad_folder_is_an_error_before_the_first_request(annotate, server, tmp
     ("changes", "message"),
     [
         ({"price_per_million_input": 1}, "--price_per_million_output together, found one"),
-        ({"price_per_million_input": "nan", "price_per_million_output": 1}, "_input nan: expected 0 or more"),
-        ({"temperature": "inf"}, "--temperature inf: expected 0 or more, and finite"),
-        ({"max_new_tokens": 0}, "--max_new_tokens 0: expected at least 1"),
         ({"name": "g.jsonl"}, "expected a name that ends in .json"),
     ],
 )

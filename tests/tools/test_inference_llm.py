@@ -313,7 +313,6 @@ def test_the_key_is_in_no_file(sample, server, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"per_device_eval_batch_size": 0}, "--per_device_eval_batch_size 0: expected at least 1"),
         ({"max_new_tokens": 510}, "512 positions; expected together at most that: lower --max_length or"),
         ({"engine": "openai"}, "found neither --base_url nor OPENAI_API_KEY"),
         ({"engine": "openai", "base_url": "http://a/v1", "world": 2}, "--engine openai in 2 processes: expected one"),

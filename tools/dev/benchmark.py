@@ -51,7 +51,7 @@ from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedModel, PrinterCallback, Trainer
 
-from apo.cli import InputError, OneLineParser, exit_on_input_error, write_json
+from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, write_json
 from apo.figures import plot_bars
 from apo.records import load_preference_data
 from apo.run_files import format_table, git_commit
@@ -352,10 +352,7 @@ def format_race(summary: dict[str, dict[str, Any]]) -> str:
 def parse_args() -> argparse.Namespace:
     """Reads and checks the command line, and settles the defaults that depend on other flags."""
     data_dir = os.environ.get("HH_DATA_DIR") or REPO_ROOT / "data" / "sample"
-    parser = OneLineParser(
-        description=__doc__.splitlines()[0],
-        epilog="example:\n  python tools/dev/benchmark.py --output_dir outputs/benchmark --threads 2",
-    )
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--output_dir", type=Path, required=True, help="folder for benchmark.json and benchmark.png")
     add("--mode", choices=CONTESTANTS, default="training", help="what to measure (default: training)")
@@ -365,16 +362,13 @@ def parse_args() -> argparse.Namespace:
     add("--model_name_or_path", help="a LLaMA with its tokenizer (default: random, its tokenizer trained on the data)")
     add("--hidden_size", type=int, default=384, help="of the random LLaMA, a head for each 64 (default: 384)")
     add("--num_layers", type=int, default=8, help="of the random LLaMA (default: 8)")
-    add("--batch_size", type=int, default=8, help="items of a micro-batch, prompts of an update (default: 8)")
+    add("--batch_size", type=at_least(1), default=8, help="items of a micro-batch, prompts of an update (default: 8)")
     add("--max_length", type=int, help="longest sequence (default: 512, long_prompts 2048)")
-    add("--num_batches", type=int, default=2, help="updates, or scored batches, of a round (default: 2)")
-    add("--rounds", type=int, default=5, help="rounds of each contestant (default: 5)")
-    add("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
+    add("--num_batches", type=at_least(1), default=2, help="updates, or scored batches, of a round (default: 2)")
+    add("--rounds", type=at_least(1), default=5, help="rounds of each contestant (default: 5)")
+    add("--threads", type=at_least(1), default=torch.get_num_threads(), help="CPU threads (default: torch's)")
     add("--seed", type=int, default=42, help="of weights and order (default: 42)")
     args = parser.parse_args()
-    for name in ("batch_size", "num_batches", "rounds", "threads"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: expected 1 or more")
     torch.set_num_threads(args.threads)
     args.workload = args.workload or (["apo_groups"] if args.mode == "scoring" else list(WORKLOADS))
     known = list(CONTESTANTS[args.mode])
@@ -395,8 +389,7 @@ def run_workload(name: str, args: argparse.Namespace, model_path: str, work_dir:
     settings.sep_token_id = tokenizer.sep_token_id
     records = load_preference_data(*write_workload(name, args.mode, args.data_dir, work_dir))
     order = np.random.default_rng(args.seed).permutation(len(records))
-    flags = {key: getattr(settings, key) for key in ("max_length", "truncation_side", "add_sep_token")}
-    rows = tokenize_records((records[i] for i in order), tokenizer, **flags)
+    rows = tokenize_records((records[i] for i in order), tokenizer, **settings.sequence_settings)
     if name == "long_prompts":
         rows = lengthen_prompts(rows, min(LONG_PROMPT, settings.max_length - SHORT_RESPONSE))
     if args.mode == "training":

@@ -206,10 +206,7 @@ def make_sample_data(seed: int) -> dict[str, list[dict]]:
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = OneLineParser(
-        description="Makes the synthetic preference data, in the layout of the paper's cleaned HH split.",
-        epilog="example:\n  python tools/dev/make_sample_data.py --output_dir data/sample --seed 42",
-    )
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--output_dir", type=Path, default=REPO_ROOT / "data" / "sample", help="folder to write to")
     parser.add_argument("--seed", type=int, default=42, help="the committed files are those of seed 42")
     return parser.parse_args()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from apo.cli import InputError, OneLineParser, exit_on_input_error, replacing, write_json
+from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, replacing, write_json
 from apo.records import SEPARATOR, read_records
 
 SAMPLE_DIR = Path(__file__).resolve().parents[2] / "data" / "sample"
@@ -101,12 +101,8 @@ def write_tokenizer(output_dir: Path, model: bytes, model_max_length: int) -> No
     write_json(output_dir / "tokenizer_config.json", config)
 
 
-def check_sizes(**sizes: int) -> None:
+def check_sizes(hidden_size: int, num_heads: int, vocab_size: int) -> None:
     """Raises an `InputError` for sizes that do not make a LLaMA."""
-    for name, value in sizes.items():
-        if value < 1:
-            raise InputError(f"--{name} {value}: expected a positive number")
-    hidden_size, num_heads, vocab_size = sizes["hidden_size"], sizes["num_heads"], sizes["vocab_size"]
     if hidden_size % (2 * num_heads):
         raise InputError(
             f"--hidden_size {hidden_size} --num_heads {num_heads}: expected a hidden size that is a multiple of twice "
@@ -139,8 +135,7 @@ def make_tiny_llama(
     Raises:
         InputError: sizes that do not fit together, or a corpus without text.
     """
-    sizes = {"hidden_size": hidden_size, "num_heads": num_heads, "vocab_size": vocab_size, "num_layers": num_layers}
-    check_sizes(**sizes, max_position_embeddings=max_position_embeddings)
+    check_sizes(hidden_size, num_heads, vocab_size)
     tokenizer_model = train_tokenizer(read_corpus(corpus), vocab_size)
 
     import torch
@@ -166,17 +161,14 @@ def make_tiny_llama(
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = OneLineParser(
-        description="Writes a small random LLaMA and a sentencepiece tokenizer.",
-        epilog="example:\n  python tools/dev/make_tiny_llama.py --output_dir checkpoints/tiny_llama",
-    )
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--output_dir", required=True, help="folder for the model and its tokenizer")
-    add("--hidden_size", type=int, default=64, help="a multiple of twice the heads (default: 64)")
-    add("--num_layers", type=int, default=2, help="transformer layers (default: 2)")
-    add("--num_heads", type=int, default=4, help="attention heads (default: 4)")
+    add("--hidden_size", type=at_least(1), default=64, help="a multiple of twice the heads (default: 64)")
+    add("--num_layers", type=at_least(1), default=2, help="transformer layers (default: 2)")
+    add("--num_heads", type=at_least(1), default=4, help="attention heads (default: 4)")
     add("--vocab_size", type=int, default=1024, help="pieces, 259 fixed ones included (default: 1024)")
-    add("--max_position_embeddings", type=int, default=512, help="longest input (default: 512)")
+    add("--max_position_embeddings", type=at_least(1), default=512, help="longest input (default: 512)")
     add("--seed", type=int, default=42, help="seed of the random weights (default: 42)")
     files = "texts for the tokenizer: .txt, or JSON, JSONL and parquet records (default: data/sample)"
     add("--corpus", nargs="+", default=DEFAULT_CORPUS, help=files)

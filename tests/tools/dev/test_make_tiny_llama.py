@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import torch
+from conftest import write_records
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from apo.cli import InputError
@@ -17,9 +18,8 @@ SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 320, 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "corpus.txt"
-    path.write_text("\n".join(f"the cat sat on mat {i} and then  it slept" for i in range(200)), encoding="utf-8")
-    return path
+    records = [{"query": f"the cat sat on mat {i} and then  it slept"} for i in range(200)]
+    return write_records(tmp_path_factory.mktemp("corpus") / "corpus.json", records)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,6 @@ def test_corpus_has_the_texts_of_records_without_ids(tmp_path):
     [
         ({"hidden_size": 30, "num_heads": 4}, r"--hidden_size 30 --num_heads 4: expected .*multiple of twice"),
         ({"vocab_size": 259}, r"--vocab_size 259: expected more than 259"),
-        ({"num_layers": 0}, r"--num_layers 0: expected a positive number"),
     ],
 )
 def test_sizes_that_do_not_make_a_llama_are_refused(tmp_path, sizes, message):
@@ -109,7 +108,6 @@ def test_sizes_that_do_not_make_a_llama_are_refused(tmp_path, sizes, message):
 
 
 def test_corpus_without_text_is_refused(tmp_path):
-    path = tmp_path / "blank.txt"
-    path.write_text(" \n\n", encoding="utf-8")
-    with pytest.raises(InputError, match=r"blank.txt: no text found"):
+    path = write_records(tmp_path / "blank.json", [{"query_id": "1"}])
+    with pytest.raises(InputError, match=r"blank.json: no text found"):
         make_tiny_llama(tmp_path / "out", corpus=[path])
