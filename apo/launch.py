@@ -8,6 +8,12 @@ import socket
 import sys
 import warnings
 
+from apo.cli import InputError
+
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+# load_reward_model logs where the reward head came from and refuses missing weights; a CPU is no accident.
+REDUNDANT = ("LOAD REPORT", "Setting accelerator to CPU")
+
 
 def process_rank() -> int:
     """Number of this process among all; 0 is the main process, and the only one without a launcher."""
@@ -25,11 +31,21 @@ def count_processes() -> int:
 
 
 def setup_logging() -> None:
-    """Logs from the main process only; the others report errors."""
-    level = logging.INFO if process_rank() == 0 else logging.ERROR
+    """Logs from the main process only, at the level of the environment variable LOG_LEVEL; the others log errors.
+
+    Raises:
+        InputError: LOG_LEVEL is not the name of a level.
+    """
+    level = os.environ.get("LOG_LEVEL", "INFO").upper()
+    if level not in LOG_LEVELS:
+        raise InputError(f"LOG_LEVEL={level}: expected one of {', '.join(LOG_LEVELS)}")
+    if process_rank() > 0:
+        level = "ERROR"
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for noisy in ("httpx", "DeepSpeed", "filelock", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for name in ("httpx", "DeepSpeed", "filelock", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("transformers.modeling_utils", "DeepSpeed"):
+        logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in REDUNDANT))
     warnings.simplefilter("ignore", FutureWarning)  # torch.distributed, at every step under DeepSpeed
     logging.captureWarnings(True)
 
