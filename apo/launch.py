@@ -8,9 +8,6 @@ import socket
 import sys
 import warnings
 
-from apo.cli import InputError
-
-LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 # load_reward_model logs where the reward head came from and refuses missing weights; a CPU is no accident.
 REDUNDANT = ("LOAD REPORT", "Setting accelerator to CPU")
 
@@ -31,16 +28,11 @@ def count_processes() -> int:
 
 
 def setup_logging() -> None:
-    """Logs from the main process only, at the level of the environment variable LOG_LEVEL; the others log errors.
-
-    Raises:
-        InputError: LOG_LEVEL is not the name of a level.
-    """
-    level = os.environ.get("LOG_LEVEL", "INFO").upper()
-    if level not in LOG_LEVELS:
-        raise InputError(f"LOG_LEVEL={level}: expected one of {', '.join(LOG_LEVELS)}")
-    if process_rank() > 0:
-        level = "ERROR"
+    """Logs from the main process only, at the level that the environment variable LOG_LEVEL names (default: INFO)."""
+    level = logging.getLevelName(os.environ.get("LOG_LEVEL", "INFO").upper())
+    if not isinstance(level, int):  # not the name of a level
+        level = logging.INFO
+    level = level if process_rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for name in ("httpx", "DeepSpeed", "filelock", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -12,7 +12,7 @@ test_data=data/sample/eval_data/hh_cleaned_origin
 echo "[1/5] Python environment .venv (several minutes the first time, then none)"
 bash scripts/setup_env.sh
 
-echo "[2/5] pairs golden over sampled response, from data/sample (5 s)"
+echo "[2/5] golden-over-sampled pairs from the golden and sampled responses of data/sample (5 s)"
 mkdir -p $out
 APO_DATA=$out/rm_apo_data_v0_text_scores.json bash scripts/convert_apo_data.sh
 GOLDEN=${test_data}_test.golden.json SAMPLES=${test_data}_test_llm_v0.sample.json \
@@ -25,7 +25,7 @@ OUTPUT_DIR=$out/rm_base bash scripts/train_base_rm.sh "${flags[@]}" >$out/rm_bas
 echo "[4/5] APO RM: trained on these and 1,760 pairs of step 2 (25 s; its log: $out/rm_apo.log)"
 OUTPUT_DIR=$out/rm_apo APO_DATA=$out/rm_apo_data_v0_text_scores.json bash scripts/train_apo_rm.sh "${flags[@]}" >$out/rm_apo.log
 
-echo "[5/5] both on 400 human pairs and 600 pairs golden over sampled, from prompts that neither was trained on"
+echo "[5/5] both RMs on test prompts that neither was trained on"
 echo
 .venv/bin/python tools/compare_runs.py $out/rm_base $out/rm_apo
 cat <<END
