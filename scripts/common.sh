@@ -57,14 +57,17 @@ choose_launcher() { # [cpu]: sets `launch`, the command before a program's name,
     fi
 }
 
-choose_config() { # STAGE: sets and checks CONFIG and DATA_DIR
+choose_config() { # STAGE FLAGS: sets and checks CONFIG and DATA_DIR
     CONFIG=${CONFIG:-configs/runs/$([[ -n ${MODEL:-} ]] && echo llama7b || echo sample)_$1.yaml}
     if [[ ! -f $CONFIG ]]; then fail "CONFIG=$CONFIG: no such file in ${PWD}; give a file of configs/runs/"; fi
     if [[ -n ${MODEL:-} ]]; then check_model "$MODEL"; fi
     case $CONFIG in
         */sample_*) : "${DATA_DIR:=data/sample}" "${BATCH_SIZE:=16}" "${OMP_NUM_THREADS:=1}" ;; # more threads are slower
         */smollm2_*) : "${BATCH_SIZE:=8}" ;;
-        */llama7b_*) : "${BATCH_SIZE:=64}"; check_folder DATA_DIR "${DATA_DIR:-data/hh-split}" ;;
+        */llama7b_*)
+            : "${BATCH_SIZE:=64}"
+            if [[ " $* " != *" --train_data_path "* ]]; then check_folder DATA_DIR "${DATA_DIR:-data/hh-split}"; fi
+            ;;
     esac
     if [[ -n ${DATA_DIR:-} ]]; then check_folder DATA_DIR "$DATA_DIR"; fi
 }

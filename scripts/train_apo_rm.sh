@@ -7,7 +7,7 @@
 #   CONFIG=configs/runs/llama7b_rm_apo.yaml LLM_NAME=alpaca NUM_GPUS=8 bash scripts/train_apo_rm.sh
 # shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-choose_config rm_apo
+choose_config rm_apo "$@"
 if [[ -n ${DATA_DIR:-}${LLM_NAME:-}${ROUND:-}${APO_DATA:-} ]]; then
     DATA_DIR=${DATA_DIR:-data/hh-split}
     check_folder DATA_DIR "$DATA_DIR"
