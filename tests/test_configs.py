@@ -71,7 +71,7 @@ def test_variant_of_the_apo_run_differs_in_one_setting(variant, setting):
 def test_scripts_know_the_batch_size_of_the_run_files():
     """scripts/common.sh keeps it on any number of processes; a llama7b file is written for eight."""
     script = (REPO_ROOT / "scripts" / "common.sh").read_text(encoding="utf-8")
-    sizes = {prefix: int(size) for prefix, size in re.findall(r"\*/(\w+_)\*\).*?BATCH_SIZE:=(\d+)", script)}
+    sizes = {prefix: int(size) for prefix, size in re.findall(r"\*/(\w+_)\*\).*?BATCH_SIZE:=(\d+)", script, re.DOTALL)}
     for path in RUNS:
         run, prefix = read_run(path.stem), path.stem.split("_")[0] + "_"
         num_processes = 8 if prefix == "llama7b_" else 1
