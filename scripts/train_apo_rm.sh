@@ -1,20 +1,19 @@
 #!/usr/bin/env bash
-# The APO RM: human pairs and golden-over-sampled pairs together. As it stands it trains a tiny LLaMA on data/sample;
-# scripts/common.sh lists the settings for the real thing. Also from the environment:
-#   LLM_NAME ROUND    whose samples             (default: llm, 0: ..._llm_v0.sample.json)
-#   APO_DATA          golden-over-sampled pairs (default: what scripts/convert_apo_data.sh writes; made if missing)
-#   APO_COEFF         their weight              (default: 0.1, the reference's)
-#   NUM_APO_SAMPLES   samples per prompt        (default: 4; for --group data and MICRO_BATCH_SIZE=1: 1)
+# Trains the APO RM: human pairs and golden-over-sampled pairs together. By default a tiny LLaMA on data/sample; settings:
+# scripts/common.sh, and:
+#   LLM_NAME ROUND  whose sampled responses    (default: llm, 0: ..._llm_v0.sample.json)
+#   APO_DATA        golden-over-sampled pairs  (default: the file that scripts/convert_apo_data.sh writes; made if missing)
 # Example:
-#   LLM_NAME=alpaca MODEL=huggyllama/llama-7b DATA_DIR=data/hh-split NUM_GPUS=8 bash scripts/train_apo_rm.sh
-set -euo pipefail
+#   CONFIG=configs/runs/llama7b_rm_apo.yaml LLM_NAME=alpaca NUM_GPUS=8 bash scripts/train_apo_rm.sh
 # shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-APO_DATA=${APO_DATA:-$REPO/outputs/apo_data/$(basename "$DATA_DIR")_${LLM_NAME:-llm}_v${ROUND:-0}_text_scores.json}
-if [[ ! -e $APO_DATA ]]; then APO_DATA=$APO_DATA bash "$REPO/scripts/convert_apo_data.sh"; fi
-
-train --task_type apo --data_suffix rm_apo \
-    --train_data_path "$DATA_DIR/rm_data/hh_split_rm.train.json" "$APO_DATA" \
-    --apo_loss_coeff "${APO_COEFF:-0.1}" --apo_sample_num "${NUM_APO_SAMPLES:-4}" \
-    --output_dir "${OUTPUT_DIR:-$REPO/outputs/rm_apo}" "$@"
+choose_config rm_apo "$@"
+if [[ -n ${DATA_DIR:-}${LLM_NAME:-}${ROUND:-}${APO_DATA:-} ]]; then
+    DATA_DIR=${DATA_DIR:-data/hh-split}
+    check_folder DATA_DIR "$DATA_DIR"
+    name=$(basename "$DATA_DIR")_${LLM_NAME:-llm}_v${ROUND:-0}
+    export DATA_DIR APO_DATA=${APO_DATA:-outputs/apo_data/${name}_text_scores.json}
+    if [[ ! -e $APO_DATA ]]; then bash scripts/convert_apo_data.sh; fi
+    set -- --train_data_path "$DATA_DIR/rm_data/hh_split_rm.train.json" "$APO_DATA" "$@"
+fi
+train "$@"

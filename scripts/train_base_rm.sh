@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
-# The base RM: ranking loss on the RM half of the human pairs. As it stands it trains a tiny LLaMA on data/sample;
-# scripts/common.sh lists the settings for the real thing. Example:
-#   MODEL=huggyllama/llama-7b DATA_DIR=data/hh-split NUM_GPUS=8 bash scripts/train_base_rm.sh
-set -euo pipefail
+# Trains the base RM: ranking loss on the human pairs of the RM half. By default a tiny LLaMA on data/sample; settings:
+# scripts/common.sh. Example:
+#   CONFIG=configs/runs/llama7b_rm_base.yaml NUM_GPUS=8 bash scripts/train_base_rm.sh
 # shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-train --task_type hh_split --data_suffix rm_base \
-    --train_data_path "$DATA_DIR/rm_data/hh_split_rm.train.json" \
-    --output_dir "${OUTPUT_DIR:-$REPO/outputs/rm_base}" "$@"
+choose_config rm_base "$@"
+train ${DATA_DIR:+--train_data_path "$DATA_DIR/rm_data/hh_split_rm.train.json"} "$@"

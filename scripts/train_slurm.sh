@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# A train script on several machines under Slurm: torchrun meets over c10d, ZeRO-3 spreads the model over all GPUs.
-#   sbatch --nodes=2 --export=ALL,MODEL=huggyllama/llama-7b,DATA_DIR=/shared/hh-split scripts/train_slurm.sh
-#   sbatch --nodes=2 --export=ALL,STAGE=train_base_rm,MODEL=...,DATA_DIR=... scripts/train_slurm.sh
-# Submit from the repository; it, the model, the data and OUTPUT_DIR lie on a file system that all machines see.
-# Example: adapt partition, time and GPUs per machine (below) to the cluster.
+# A training script on several machines under Slurm: torchrun with c10d rendezvous, ZeRO-3 over all GPUs, bfloat16.
+#   sbatch --nodes=2 --export=ALL,LLM_NAME=alpaca,DATA_DIR=/shared/hh-split scripts/train_slurm.sh
+#   sbatch --nodes=2 --export=ALL,STAGE=train_base_rm,CONFIG=configs/runs/llama7b_rm_base.yaml scripts/train_slurm.sh
+# Submit from the repository; it, the model, the data and OUTPUT_DIR are on a file system that all machines see. Adapt
+# partition, time and GPUs per machine (below) to the cluster. Environment: STAGE (default: train_apo_rm), and what
+# scripts/common.sh lists (default of MODEL here: huggyllama/llama-7b).
 #SBATCH --job-name=apo-rm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -18,6 +19,6 @@ cd "${SLURM_SUBMIT_DIR:?submit this file with sbatch}"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export NNODES=$SLURM_JOB_NUM_NODES NUM_GPUS=${SLURM_GPUS_ON_NODE:-8} RUN_ID=$SLURM_JOB_ID
-export DEEPSPEED=${DEEPSPEED:-configs/zero3_bf16.json}
+if [[ -z ${CONFIG:-} ]]; then export MODEL=${MODEL:-huggyllama/llama-7b}; fi
 
-srun bash "scripts/${STAGE:-train_apo_rm}.sh" --bf16 true "$@"
+srun bash "scripts/${STAGE:-train_apo_rm}.sh" --deepspeed configs/zero3_bf16.json --bf16 true "$@"

@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
-# The testing RM, the paper's automatic judge: ranking loss on all human pairs. As it stands it trains a tiny LLaMA on
-# data/sample; scripts/common.sh lists the settings for the real thing. Example:
-#   MODEL=huggyllama/llama-7b DATA_DIR=data/hh-split NUM_GPUS=8 bash scripts/train_testing_rm.sh
-set -euo pipefail
+# Trains the testing RM, the paper's automatic judge: ranking loss on all human pairs. By default a tiny LLaMA on
+# data/sample; settings: scripts/common.sh. Example:
+#   CONFIG=configs/runs/llama7b_rm_testing.yaml NUM_GPUS=8 bash scripts/train_testing_rm.sh
 # shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-train --task_type hh_split --data_suffix rm_testing \
-    --train_data_path "$DATA_DIR/hh_cleaned_origin.train.json" \
-    --output_dir "${OUTPUT_DIR:-$REPO/outputs/rm_testing}" "$@"
+choose_config rm_testing "$@"
+train ${DATA_DIR:+--train_data_path "$DATA_DIR/hh_cleaned_origin.train.json"} "$@"
