@@ -97,8 +97,11 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 def sha256_of_file(path: str | Path) -> str:
     """Returns the sha256 of a file's bytes in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 class BadField(Exception):
