@@ -96,7 +96,7 @@ def score_dataset(
         parts = store.load()
         kept = [(batch, parts[str(number)]) for number, batch in enumerate(batches)]
         rows = {i: row for batch, batch_rows in kept for i, row in zip(batch, batch_rows, strict=True)}
-        answers = zip(dataset["query_id"], dataset["answer_keys"], strict=True)
+        answers = zip(dataset["query_id"], dataset["response_keys"], strict=True)
         store.finish(
             [
                 {f"{query_id}:{key}": reward}
