@@ -14,7 +14,6 @@ A **query** record holds responses without scores: `{"query_id", "query", "sampl
 from __future__ import annotations
 
 import codecs
-import collections
 import dataclasses
 import functools
 import gzip
@@ -32,6 +31,7 @@ DATA_TYPES = ("comparison_pair", "reject_sample")  # values of --data_type; `par
 MAX_SCORE = 1e38  # the range of float32
 
 T = TypeVar("T")
+Parser = Callable[[dict[str, Any], str], T]  # (record, id to use if it has none) -> result; raises `BadField`
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -43,13 +43,13 @@ def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def iter_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Reads a JSON list, JSON lines (both also as `.gz`) or a `.parquet` file; all but a list in flat memory.
+    """Reads a JSON list, JSON lines (both also as `.gz`) or a `.parquet` file. Only a JSON list is read at once.
 
     Yields:
-        One (place, record) per record, in file order; the place is "record 3" (from 1), or "line 3" for JSON lines.
+        (place, record) in file order; the place is "record 3" (counted from 1), or "line 3" for JSON lines.
 
     Raises:
-        InputError: no such file, empty or broken (with the position); after the last record, if any is no JSON object.
+        InputError: no such file, empty or broken (with the position); at the end, if a record is not a JSON object.
     """
     path = Path(path)
     if not path.is_file():
@@ -124,13 +124,8 @@ class PreferenceRecord:
     is_apo: bool = False
 
 
-def iter_parsed(path: str | Path, parse: Callable[[dict[str, Any], str], T]) -> Iterator[tuple[str, T | BadField]]:
-    """Yields (place, result) for each record of a file, or (place, `BadField`) for a bad one, and continues.
-
-    Args:
-        path: see `iter_records`.
-        parse: (record, id to use if it has none) -> result; raises `BadField`.
-    """
+def iter_parsed(path: str | Path, parse: Parser[T]) -> Iterator[tuple[str, T | BadField]]:
+    """Yields (place, result) for each record of a file; for a bad one (place, `BadField`), and continues."""
     for index, (place, raw) in enumerate(iter_records(path)):
         try:
             result = parse(raw, str(index))
@@ -139,18 +134,14 @@ def iter_parsed(path: str | Path, parse: Callable[[dict[str, Any], str], T]) -> 
         yield place, result
 
 
-def iter_valid(
-    path: str | Path, parse: Callable[[dict[str, Any], str], T], unique_ids: bool = False
-) -> Iterator[tuple[str, T]]:
+def iter_valid(path: str | Path, parse: Parser[T], unique_ids: bool = False) -> Iterator[tuple[str, T]]:
     """Yields (place, result) as `iter_parsed` does, until the first bad record.
 
-    Args:
-        path, parse: see `iter_parsed`.
-        unique_ids: whether a result with the `query_id` of an earlier one is bad.
+    With `unique_ids`, a result with the `query_id` of an earlier one is bad.
 
     Raises:
         InputError: at the end of the file, one line that counts all bad records and shows the first five with place,
-            field, found, expected; if some are no JSON objects, those alone.
+            field, found, expected; if some are not JSON objects, those alone.
     """
     problems: list[str] = []
     first_places: dict[str, str] = {}
@@ -205,14 +196,11 @@ def load_prompts(path: str | Path, data_type: str | None = None) -> list[Prompt]
 def load_rewards(path: str | Path) -> dict[str, float]:
     """Returns "<query_id>:<response key>" -> reward, in the order of a file that scoring wrote."""
     rewards: dict[str, float] = {}
-
-    def add(raw: dict[str, Any], _: str) -> None:
-        for key, reward in raw.items():
-            if key in rewards:
-                raise BadField(key, "a second reward", "one per response")
-            rewards[key] = _check_number(key, reward)
-
-    collections.deque(iter_valid(path, add), maxlen=0)
+    for place, new in iter_valid(path, lambda raw, _: {key: _check_number(key, raw[key]) for key in raw}):
+        if repeated := rewards.keys() & new.keys():
+            error = BadField(min(repeated), "a second reward", "one per response")
+            raise InputError(f"{path}: {place}: {error}")
+        rewards |= new
     return rewards
 
 

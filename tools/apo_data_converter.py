@@ -68,11 +68,8 @@ def usable_responses(golden: str, sampled: list[str], skipped: Counter[str]) -> 
     A golden response is cut at "\\nHuman:" only; a sampled one, as in the reference, at any line that starts with
     "Human". A sampled response that equals the golden one is dropped: it would be preferred and not preferred at once.
 
-    Args:
-        skipped: reason -> count of dropped responses; added to.
-
-    Returns:
-        the golden response and the usable sampled responses, none if the golden one is unusable.
+    Returns the golden response and the usable sampled ones (none if the golden one is unusable), and adds the dropped
+    responses to `skipped` by reason.
     """
     golden = cut_next_turn(golden, GOLDEN_STOP_STRINGS)
     if fault := find_fault(golden):
@@ -83,7 +80,7 @@ def usable_responses(golden: str, sampled: list[str], skipped: Counter[str]) -> 
         response = cut_next_turn(response, SAMPLE_STOP_STRINGS)
         fault = find_fault(response) or ("same as golden" if response.strip() == golden.strip() else "")
         if fault:
-            skipped[f"sample {fault}"] += 1
+            skipped[f"sampled {fault}"] += 1
         else:
             kept.append(response)
     return golden, kept
@@ -99,11 +96,7 @@ def to_items(query_id: str, query: str, golden: str, sampled: list[str], group: 
 
 
 def check_same_prompts(golden: Responses, sampled: Responses) -> None:
-    """Refuses files in which one id has two prompts.
-
-    Raises:
-        InputError: with the first few such ids, and where their prompts start to differ.
-    """
+    """Raises an `InputError` for ids with two prompts: the first few, and where their prompts start to differ."""
     problems = []
     for query_id in (query_id for query_id in golden if query_id in sampled):
         expected, found = golden[query_id].prompts[0], sampled[query_id].prompts[0]
@@ -154,27 +147,17 @@ def convert(
     return result
 
 
-def summary(result: Conversion, path: Path) -> str:
-    """Returns the tool's result in one line."""
-    groups = "" if len(result.items) == result.num_pairs else f" in {len(result.items)} groups"
-    return (
-        f"{result.num_matched} prompts matched, {result.num_pairs} pairs written{groups}, "
-        f"{len(result.golden_only) + len(result.sampled_only)} ids unmatched, "
-        f"{describe_counts(result.skipped, 'responses')} skipped: {path}"
-    )
-
-
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = OneLineParser(description=__doc__)
-    parser.add_argument("--golden_data_path", required=True, help='records of "query_id", "query", "golden"')
-    parser.add_argument("--sample_data_path", required=True, help='records of "query_id", "query", "sample_0", ...')
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to; made if it does not exist")
-    parser.add_argument("--apo_data_name", required=True, help="the file is <apo_data_name>_text_scores.json")
+    add = (parser := OneLineParser(description=__doc__)).add_argument
+    add("--golden_data_path", required=True, help='records of "query_id", "query", "golden"')
+    add("--sample_data_path", required=True, help='records of "query_id", "query", "sample_0", ...')
+    add("--output_dir", type=Path, required=True, help="folder to write to; made if it does not exist")
+    add("--apo_data_name", required=True, help="the file is <apo_data_name>_text_scores.json")
     sampling_help = "keep one random response per prompt; the file is <apo_data_name>_sampled_text_scores.json"
-    parser.add_argument("--sampling", action="store_true", help=sampling_help)
-    parser.add_argument("--seed", type=int, default=42, help="of --sampling (default: 42)")
-    parser.add_argument("--group", action="store_true", help="one record per prompt, scores [1, 0, 0, ...]")
+    add("--sampling", action="store_true", help=sampling_help)
+    add("--seed", type=int, default=42, help="of --sampling (default: 42)")
+    add("--group", action="store_true", help="one record per prompt, scores [1, 0, 0, ...]")
     return parser.parse_args()
 
 
@@ -195,7 +178,12 @@ def main() -> None:
         )
     path = args.output_dir / f"{args.apo_data_name}{'_sampled' * args.sampling}_text_scores.json"
     write_json(path, result.items)
-    print(summary(result, path))
+    groups = "" if len(result.items) == result.num_pairs else f" in {len(result.items)} groups"
+    print(
+        f"{result.num_matched} prompts matched, {result.num_pairs} pairs written{groups}, "
+        f"{len(result.golden_only) + len(result.sampled_only)} ids unmatched, "
+        f"{describe_counts(result.skipped, 'responses')} skipped: {path}"
+    )
 
 
 if __name__ == "__main__":

@@ -77,9 +77,8 @@ def download(subsets: Iterable[str], split: str) -> list[Path]:
         return [Path(hf_hub_download(HUB_REPO, f"{s}/{split}.jsonl.gz", repo_type="dataset")) for s in subsets]
     except OSError as error:  # huggingface_hub: no network, file or permission
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"{HUB_REPO}: cannot be downloaded ({reason}); give its files by --train_data_path and --test_data_path"
-        ) from error
+        advice = "give its files by --train_data_path and --test_data_path"
+        raise InputError(f"{HUB_REPO}: cannot be downloaded ({reason}); {advice}") from error
 
 
 def load_dialogues(paths: list[Path], sources: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -128,14 +127,9 @@ def make_query_id(prompt: str, chosen: str, rejected: str) -> str:
 
 
 def group_by_prompt(dialogues: Iterable[tuple[str, str]], dropped: Counter[str]) -> Groups:
-    """Splits dialogues into prompts and responses, and drops what makes no pair.
+    """Splits (chosen, rejected) dialogues into prompts and responses, and drops those that make no pair.
 
-    Args:
-        dialogues: (chosen, rejected), see `load_dialogues`.
-        dropped: reason -> pairs; added to.
-
-    Returns:
-        prompt -> its pairs, both in the order of their first appearance.
+    Returns the pairs of each prompt, both in file order, and adds the dropped pairs to `dropped` by reason.
     """
     groups: Groups = {}
     seen: set[str] = set()

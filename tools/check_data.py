@@ -76,12 +76,12 @@ class Findings(dict[str, dict[str, Any]]):
         finding = self.setdefault(name, {"count": 0, "first": []})
         finding["count"] += 1
         if len(finding["first"]) < NUM_SHOWN:
-            finding["first"].append(example.encode(errors="replace").decode())  # no file holds half a surrogate pair
+            finding["first"].append(example.encode(errors="replace").decode())  # without lone surrogates
 
 
 @dataclass
 class FileCheck:
-    """What is kept of a file: of each record little more than two hashes, so that memory stays low."""
+    """The findings and statistics of a file; of each record it keeps two hashes and numbers, to save memory."""
 
     path: str
     name: str
@@ -368,16 +368,9 @@ def check_args(args: argparse.Namespace) -> None:
     for path in paths:
         if not Path(path).is_file():
             raise InputError(f"{path}: no such file; give the path of an existing .json, .jsonl, .gz or .parquet file")
-    for name, least in (("max_length", 8), ("batch_size", 1)):
-        value = getattr(args, name)
+    for name, value, least in (("max_length", args.max_length, 8), ("batch_size", args.batch_size, 1)):
         if value is not None and value < least:
             raise InputError(f"--{name} {value}: expected at least {least}")
-    if args.output_dir:
-        try:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"cannot be made ({error.strerror}); give another folder"
-            raise InputError(f"--output_dir {args.output_dir}: {reason}") from error
 
 
 def load_tokenizer(path: str, flags: dict[str, Any]) -> tuple[RewardTokenizer, dict[str, Any]]:
@@ -415,8 +408,8 @@ def main() -> None:
         write_json(args.output_dir / "check_data.json", report)
         if tokenizer:
             lengths = {check.name: check.lengths["sequence"] for check in checks if check.tokens_run}
-            stats = {check.name: summarize(check) for check in checks if check.tokens_run}
-            ratios = {n: s["tokens_run_per_needed"] for n, s in stats.items() if "tokens_run_per_needed" in s}
+            stats = {check.name: entry["statistics"] for check, entry in zip(checks, report["files"], strict=True)}
+            ratios = {name: s["tokens_run_per_needed"] for name, s in stats.items() if "tokens_run_per_needed" in s}
             plot_lengths_and_batching(args.output_dir / "check_data.png", lengths, ratios, settings["max_length"])
     if args.strict and report["num_findings"]:
         sys.exit(2)

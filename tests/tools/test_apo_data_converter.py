@@ -128,7 +128,12 @@ def test_responses_that_make_no_pair_are_skipped_and_counted(files):
     paths = files([golden(1), golden(2, " ")], [responses, sampled(2, " No.")])
     result = convert_files(paths)
     assert [item["text"] for item in result.items] == [[f"{QUERY}<sep> Because.", f"{QUERY}<sep> No."]]
-    assert result.skipped == {"golden empty": 1, "sample empty": 2, "sample same as golden": 2, "sample with <sep>": 1}
+    assert result.skipped == {
+        "golden empty": 1,
+        "sampled empty": 2,
+        "sampled same as golden": 2,
+        "sampled with <sep>": 1,
+    }
     assert (result.num_matched, result.num_pairs) == (2, 1)
 
 
@@ -136,7 +141,7 @@ def test_responses_that_make_no_pair_are_skipped_and_counted(files):
     ("golden_records", "sample_records", "message"),
     [
         ([golden(1)], [sampled(2, "a")], r"found no id in both files, .*--golden_data_path has 1; --sample.* has 2"),
-        ([golden()], [sampled(1, " Because.")], r"1 prompts matched, but no pair is left.*1 sample same as golden"),
+        ([golden()], [sampled(1, " Because.")], r"1 prompts matched, but no pair is left.*1 sampled same as golden"),
         (
             [golden(query="\n\nHuman: Why not?")],
             [sampled(1, "a", query="\n\nHuman: Why so?")],
