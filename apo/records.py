@@ -61,7 +61,7 @@ def iter_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         else:
             problems.append(f"{place}: found {describe(record)}, expected an object")
     if place is None:
-        raise InputError(f"{path}: the file holds no records; expected at least one")
+        raise InputError(f"{path}: the file is empty or holds no records; expected at least one")
     raise_bad_records(path, problems)
 
 

@@ -1,5 +1,6 @@
 """Golden and sampled responses -> APO pairs, golden preferred over sampled.
 
+example:
     python tools/apo_data_converter.py --golden_data_path data/sample/rm_data/hh_split_rm.golden.json \\
         --sample_data_path data/sample/rm_data/hh_split_rm_llm_v0.sample.json \\
         --output_dir outputs/apo_data --apo_data_name rm_apo_data_v0

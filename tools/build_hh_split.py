@@ -1,5 +1,6 @@
 """Builds the hh-split layout (data/README.md) from Anthropic's hh-rlhf: RM, LLM, validation and test, by prompt.
 
+example:
     python tools/build_hh_split.py --output_dir data/hh-split
 
 downloads `helpful-base` and `harmless-base` of `Anthropic/hh-rlhf` from the Hub (Bai et al., arXiv:2204.05862). With

@@ -1,5 +1,6 @@
 """Checks data files before a run spends hours on them: reports faults and statistics.
 
+example:
     python tools/check_data.py --train_data_path data/sample/rm_data/hh_split_rm.train.json \\
         --eval_data_path data/sample/eval_data/hh_cleaned_origin.test.json \\
         --model_name_or_path outputs/rm_base --output_dir outputs/check_data

@@ -1,5 +1,6 @@
 """Sampled responses + their rewards -> the best response to each prompt, training data for the LLM, a report.
 
+example:
     python tools/rejection_sampling.py --data_path data/sample/rm_data/hh_split_rm_llm_v0.sample.json \\
         --score_path outputs/scores/hh_split_rm_llm_v0.sample_pred_rm_apo_results.json \\
         --output_dir outputs/rejection_sampling --output_file_name best.json --to_pairs

@@ -255,8 +255,8 @@ def test_all_bad_records_are_counted_and_the_first_five_shown(tmp_path):
     "content, message",
     [
         (None, "no such file"),
-        (b" \n\n", "the file holds no records"),
-        (b"[]", "the file holds no records"),
+        (b" \n\n", "the file is empty or holds no records"),
+        (b"[]", "the file is empty or holds no records"),
         (b'[{"a": 1},\n {"b" 2}]', "broken JSON at line 2 column 7"),
         (b'{"a": 1}\n\n{"b": 2', "broken JSON at line 3 column 8"),
         (b'{"a": 1}\n7', "line 2: found the number 7, expected an object"),

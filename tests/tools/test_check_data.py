@@ -108,7 +108,7 @@ def test_text_without_separator_is_bad_with_add_sep_token(tmp_path):
 @pytest.mark.parametrize(
     ("content", "records", "message"),
     [
-        ("", 0, "the file holds no records"),
+        ("", 0, "the file is empty or holds no records"),
         (json.dumps(pair()) + "\n{", 1, "broken JSON at line 2"),
         (json.dumps([pair(), 7]), 1, "record 2: found the number 7, expected an object"),
     ],
