@@ -60,7 +60,7 @@ def save_calibration(output_dir: str, name: str, curves: dict[int, dict[str, np.
 
 
 def plot_best_of_n(path: Path, rows: list[dict[str, Any]], pairs: list[dict[str, str]]) -> None:
-    """Draws the expected reward of the best of n responses, and the lengths of chosen and rejected responses.
+    """Plots the expected reward of the best of n responses, and the lengths of chosen and rejected responses.
 
     Args:
         path: of the PNG.
@@ -85,7 +85,7 @@ def plot_best_of_n(path: Path, rows: list[dict[str, Any]], pairs: list[dict[str,
 def plot_lengths_and_batching(
     path: Path, lengths: dict[str, Sequence[int]], ratios: dict[str, dict[str, float]], max_length: int
 ) -> None:
-    """Draws the lengths of the sequences of each file, and the tokens that each way of batching runs.
+    """Plots the lengths of the sequences of each file, and the tokens that each way of batching runs.
 
     Args:
         path: of the PNG.
