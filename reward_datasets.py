@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 ABSENT_SCORE = -1.0  # marks an absent response in a ragged (B, R) score matrix
 TOKENIZE_BATCH_SIZE = 512
-DATASET_VERSION = 3  # part of the cache key: raise it when the rows of `tokenize_records` change
+DATASET_VERSION = 4  # part of the cache key: raise it when the rows of `tokenize_records` change
 
 
 # ------------------------------------------------------------------------------------------------ tokenising
@@ -87,7 +87,7 @@ def tokenize_records(
 ) -> Iterator[dict[str, Any]]:
     """Yields one row per record; see `encode_records`.
 
-    Row: `input_ids` R lists of ids, `scores` R normalised scores, `is_apo`, `query_id`, `answer_keys`, three counts:
+    Row: `input_ids` R lists of ids, `scores` R normalised scores, `is_apo`, `query_id`, `response_keys`, three counts:
     `num_pairs` (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical`
     (pairs whose two sequences became the same, from which nothing can be learnt), and three sizes in tokens:
     `length` (of all sequences as a prefix tree), `num_tokens` (their sum), `longest`.
@@ -102,7 +102,7 @@ def tokenize_records(
             "scores": scores,
             "is_apo": record.is_apo,
             "query_id": record.query_id,
-            "answer_keys": record.answer_keys,
+            "response_keys": record.response_keys,
             "num_truncated": sum(len(p) + len(r) + num_special > max_length for p, r in pairs_ids),
             **_count_pairs(scores, sequences),
             **_count_tokens(sequences),
@@ -134,7 +134,7 @@ def _row_features() -> datasets.Features:
             "scores": datasets.List(value("float32")),
             "is_apo": value("bool"),
             "query_id": value("string"),
-            "answer_keys": datasets.List(value("string")),
+            "response_keys": datasets.List(value("string")),
             **dict.fromkeys(("num_truncated", "num_pairs", "num_identical"), value("int32")),
             **dict.fromkeys(("length", "num_tokens", "longest"), value("int32")),
         }

@@ -87,7 +87,7 @@ def main() -> None:
     from apo.figures import plot_training_curves
     from apo.resume import model_version
     from apo.run_files import write_manifest, write_model_card
-    from apo.scoring import check_query_ids, name_score_files, score_dataset
+    from apo.scoring import name_score_files, score_dataset
     from apo.tokenizer import load_reward_tokenizer
     from apo.tree import TREE_ATTENTIONS, choose_attention
     from models import load_config, load_reward_model, resolve_settings
@@ -118,9 +118,6 @@ def main() -> None:
     eval_sets = {name: load(path) for name, path in data_paths.items()}
     if args.task_type == "inference":
         score_paths = name_score_files(args.output_dir, list(eval_sets), data_args.data_suffix)
-        if data_args.data_type == "reject_sample":
-            for name, eval_set in eval_sets.items():
-                check_query_ids(data_paths[name], eval_set["query_id"][:])
 
     # ---- model
     if args.deepspeed:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from apo.cli import replacing, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -76,4 +78,56 @@ def plot_bars(path: str | Path, panels: dict[str, dict[str, float]], label: str)
         axis.invert_yaxis()
         axis.margins(x=0.2)
         axis.set(title=title, xlabel=label)
+    save_figure(path, figure)
+
+
+def plot_best_of_n(path: Path, rows: list[dict[str, Any]], pairs: list[dict[str, str]]) -> None:
+    """Plots the expected reward of the best of n responses, and the lengths of chosen and rejected responses.
+
+    Args:
+        path: of the PNG.
+        rows: see `apo.selection.best_of_n`.
+        pairs: with "chosen" and "rejected".
+    """
+    figure, (curve, histogram) = new_figure(2)
+    counts, means = [row["n"] for row in rows], [row["mean"] for row in rows]
+    low, high = zip(*(row["interval_95"] or (row["mean"], row["mean"]) for row in rows), strict=True)
+    curve.fill_between(counts, low, high, alpha=0.3, label="95 % interval over prompts")
+    curve.plot(counts, means, marker=".")
+    curve.set(xlabel="responses per prompt", ylabel="expected reward of the best", title="best of n")
+    curve.xaxis.get_major_locator().set_params(integer=True)
+    curve.legend()
+    sizes = [[len(pair[side]) for pair in pairs] for side in ("chosen", "rejected")]
+    histogram.hist(sizes, bins=20, label=["chosen", "rejected"])
+    histogram.set(xlabel="characters", ylabel="pairs", title="length")
+    histogram.legend()
+    save_figure(path, figure)
+
+
+def plot_lengths_and_batching(
+    path: Path, lengths: dict[str, Sequence[int]], ratios: dict[str, dict[str, float]], max_length: int
+) -> None:
+    """Plots the lengths of the sequences of each file, and the tokens that each way of batching runs.
+
+    Args:
+        path: of the PNG.
+        lengths: file -> tokens of each sequence, before truncation.
+        ratios: file -> way of batching -> tokens run for each token of a sequence.
+        max_length: tokens that a sequence is cut to.
+    """
+    figure, (histogram, bars) = new_figure(2, width=5.5, height=3 + 0.5 * len(lengths))
+    bins = np.linspace(0, max(map(max, lengths.values()), default=1), 41)
+    for name, values in lengths.items():
+        weights = np.full(len(values), 1 / len(values))
+        histogram.hist(values, bins=bins, weights=weights, histtype="step", label=name)
+    histogram.axvline(max_length, color="grey", linestyle=":", label="max_length")
+    histogram.set(xlabel="tokens of a sequence, before truncation", ylabel="share", title="length")
+    histogram.legend(fontsize=7)
+    for offset, way in zip((0.25, 0, -0.25), ("tree", "padded", "reference"), strict=True):
+        bars.barh(np.arange(len(ratios)) - offset, [row[way] for row in ratios.values()], height=0.23, label=way)
+    bars.set_yticks(range(len(ratios)), list(ratios), fontsize=7)
+    bars.invert_yaxis()
+    bars.axvline(1, color="grey", linestyle=":")
+    bars.set(xlabel="tokens run per token of the sequences", title="batching")
+    bars.legend(fontsize=7)
     save_figure(path, figure)

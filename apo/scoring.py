@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import ProgressCallback
 
-from apo.cli import InputError, first_few
+from apo.cli import InputError
 from apo.resume import Keep, ResultStore, complete_items
 
 if TYPE_CHECKING:
@@ -37,20 +36,6 @@ def name_score_files(output_dir: str, eval_names: list[str], suffix: str) -> dic
             )
         paths[name] = path
     return paths
-
-
-def check_query_ids(path: str, query_ids: list[str]) -> None:
-    """Refuses records whose scores would have the same key.
-
-    Raises:
-        InputError: a query id occurs twice.
-    """
-    repeated = [query_id for query_id, count in Counter(query_ids).items() if count > 1]
-    if repeated:
-        raise InputError(
-            f'{path}: field "query_id": found {len(repeated)} ids more than once ({first_few(repeated)}), '
-            "expected one record a prompt"
-        )
 
 
 class BatchScorer(Protocol):
@@ -94,7 +79,7 @@ def score_dataset(trainer: BatchScorer, dataset: Dataset, path: Path, settings: 
         }
         return [
             {f"{query_id}:{key}": reward}
-            for i, (query_id, keys) in enumerate(zip(dataset["query_id"], dataset["answer_keys"], strict=True))
+            for i, (query_id, keys) in enumerate(zip(dataset["query_id"], dataset["response_keys"], strict=True))
             for key, reward in zip(keys, rows[i], strict=False)  # padded to the most responses of a record
         ]
 

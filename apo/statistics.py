@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
 
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
@@ -18,3 +23,48 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
     center = (share + spread / 2) / (1 + spread)
     half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def mean_and_interval(values: np.ndarray) -> dict[str, Any]:
+    """Mean over prompts with its 95 % interval, mean +- 1.96 s / sqrt(N) with the sample deviation s.
+
+    Args:
+        values: (N,), one per prompt.
+
+    Returns:
+        "mean", and "interval_95" as [low, high], or None for a single prompt, which has none.
+    """
+    mean = float(values.mean())
+    if len(values) < 2:
+        return {"mean": mean, "interval_95": None}
+    half = Z_95 * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return {"mean": mean, "interval_95": [mean - half, mean + half]}
+
+
+@functools.cache
+def best_of_weights(num_responses: int) -> np.ndarray:
+    """Weights of the sorted rewards in the expected best of n responses.
+
+    The i-th smallest of K rewards is the largest of C(i - 1, n - 1) of the C(K, n) subsets of n responses.
+
+    Returns:
+        (K, K): row n - 1, column i - 1 holds C(i - 1, n - 1) / C(K, n); a row sums to 1.
+    """
+    n = np.arange(1, num_responses + 1)[:, None]
+    i = np.arange(num_responses, 1, -1)
+    ratios = np.maximum(i - n, 0) / (i - 1)  # of the weight of i - 1 to that of i
+    return (n / num_responses * np.cumprod(np.hstack([np.ones_like(n), ratios]), axis=1))[:, ::-1]
+
+
+def expected_best(rewards: Iterable[float]) -> np.ndarray:
+    """Estimates, from the K rewards of one prompt, the expected largest reward of n responses for n = 1 ... K.
+
+    The mean of the largest over all subsets of n of the K responses, without replacement. It is unbiased for
+    independent responses, unlike the largest of n draws from the K with replacement, which is too small: the argument
+    behind pass@k in Chen et al., arXiv:2107.03374, section 2.1, with a maximum in place of "one of them passes".
+
+    Returns:
+        (K,): first the mean reward, last the largest.
+    """
+    ordered = np.sort(np.fromiter(rewards, dtype=float))
+    return best_of_weights(len(ordered)) @ ordered

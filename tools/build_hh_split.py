@@ -1,17 +1,18 @@
 """Builds the hh-split layout (data/README.md) from Anthropic's hh-rlhf: RM, LLM, validation and test, by prompt.
 
+example:
     python tools/build_hh_split.py --output_dir data/hh-split
 
-downloads `helpful-base` and `harmless-base` of `Anthropic/hh-rlhf` from the Hub (Bai et al., arXiv:2204.05862); with
-files on disk, none of it is loaded from there:
+downloads `helpful-base` and `harmless-base` of `Anthropic/hh-rlhf` from the Hub (Bai et al., arXiv:2204.05862). With
+local files, nothing is downloaded:
 
     python tools/build_hh_split.py --output_dir data/hh-split \\
         --train_data_path hh-rlhf/helpful-base/train.jsonl.gz hh-rlhf/harmless-base/train.jsonl.gz \\
         --test_data_path hh-rlhf/helpful-base/test.jsonl.gz hh-rlhf/harmless-base/test.jsonl.gz
 
-A record holds two dialogues that part in their last answer, {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...",
-"rejected": ...}. Two texts count as the same if they differ in white space only. No prompt is in two of the four
-parts; the pairs of a prompt stay together. The query id is a hash of the pair, so it is the same in every run.
+A record holds two dialogues that differ in their last response, {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...",
+"rejected": ...}. Two texts are the same if they differ in white space only. No prompt is in two of the four parts; the
+pairs of a prompt stay together. The query id is a hash of the pair, so that it is the same in every run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import os
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,20 +34,19 @@ from apo.cli import (
     OneLineParser,
     describe_counts,
     exit_on_input_error,
-    raise_bad_records,
     sha256_of_file,
     write_json,
 )
 from apo.prompts import chat_messages
-from apo.records import SEPARATOR, read_records, require_text
+from apo.records import SEPARATOR, iter_valid, parse_plain_pair
 
 HUB_REPO = "Anthropic/hh-rlhf"
 SUBSETS = ("helpful-base", "harmless-base", "helpful-online", "helpful-rejection-sampled")
 PAPER_SUBSETS = SUBSETS[:2]  # together as many pairs as the paper's data, about 86.3K and 4.66K
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 MANIFEST = "hh_split_manifest.json"
-REST = "llm"  # the part that takes what the others leave
-FILES = {  # file -> the parts that it holds
+REST = "llm"  # the part of all pairs that the other parts do not take
+FILES = {  # file -> its parts
     "rm_data/hh_split_rm.train.json": ("rm",),
     "llm_data/hh_split_llm.train.json": ("llm",),
     "hh_cleaned_origin.train.json": ("rm", "llm"),
@@ -64,51 +64,42 @@ class Pair(NamedTuple):
     query_id: str
 
 
-Groups = dict[str, list[Pair]]  # prompt (white space aside) -> its pairs
+Groups = dict[str, list[Pair]]  # prompt (white space normalised) -> its pairs
 
 
 # ------------------------------------------------------------------------------------------------ reading
 
 
 def download(subsets: Iterable[str], split: str) -> list[Path]:
-    """Fetches `<subset>/<split>.jsonl.gz` of each subset from the Hub, or finds it in the Hub's cache."""
+    """Downloads `<subset>/<split>.jsonl.gz` of each subset from the Hub, or finds it in the Hub's cache."""
     from huggingface_hub import hf_hub_download
 
     try:
         return [Path(hf_hub_download(HUB_REPO, f"{s}/{split}.jsonl.gz", repo_type="dataset")) for s in subsets]
-    except OSError as error:  # what huggingface_hub raises for a missing network, file or permission
+    except OSError as error:  # huggingface_hub: no network, file or permission
         reason = " ".join(str(error).split())
-        raise InputError(
-            f"{HUB_REPO}: cannot be downloaded ({reason}); give its files by --train_data_path and --test_data_path"
-        ) from error
+        advice = "give its files by --train_data_path and --test_data_path"
+        raise InputError(f"{HUB_REPO}: cannot be downloaded ({reason}); {advice}") from error
 
 
-def read_dialogues(path: Path) -> list[tuple[str, str]]:
-    """Reads the chosen and the rejected dialogue of every record.
-
-    Raises:
-        InputError: the file cannot be read, or a record lacks one of the two texts.
-    """
-    dialogues, problems = [], []
-    for place, record in read_records(path):
-        try:
-            dialogues.append((require_text(record, "chosen"), require_text(record, "rejected")))
-        except BadField as error:
-            problems.append(f"{place}: {error}")
-    raise_bad_records(path, problems)
-    return dialogues
+def load_dialogues(paths: list[Path], sources: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yields (chosen, rejected) of every record of all files; adds the pairs and the sha256 of each to `sources`."""
+    for path in paths:
+        dialogues = [pair for _, pair in iter_valid(path, parse_plain_pair)]
+        sources[str(path)] = {"pairs": len(dialogues), "sha256": sha256_of_file(path)}
+        yield from dialogues
 
 
 # ------------------------------------------------------------------------------------------------ cleaning
 
 
 def normalize_space(text: str) -> str:
-    """Returns what two texts have in common that differ in white space only."""
+    """Returns a text with single spaces; texts that differ in white space only become equal."""
     return " ".join(text.split())
 
 
 def split_dialogue(dialogue: str) -> tuple[str, str]:
-    """Splits a dialogue behind its last "\\n\\nAssistant:"; the prompt is empty where there is none."""
+    """Splits a dialogue after its last "\\n\\nAssistant:"; the prompt is empty where there is none."""
     before, turn, response = dialogue.rpartition(ASSISTANT)
     return before + turn, response
 
@@ -131,20 +122,15 @@ def find_fault(prompt: str, other_prompt: str, chosen: str, rejected: str) -> st
 
 
 def make_query_id(prompt: str, chosen: str, rejected: str) -> str:
-    """Returns the first 64 bits of a hash of the three texts, white space aside, in hexadecimal."""
+    """Returns the first 64 bits of a hash of the three texts, white space normalised, in hexadecimal."""
     content = "\n".join(normalize_space(text) for text in (prompt, chosen, rejected))
     return "hh_" + hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def group_by_prompt(dialogues: Iterable[tuple[str, str]], dropped: Counter[str]) -> Groups:
-    """Splits dialogues into prompts and responses, and drops what makes no pair.
+    """Splits (chosen, rejected) dialogues into prompts and responses, and drops those that make no pair.
 
-    Args:
-        dialogues: (chosen, rejected), see `read_dialogues`.
-        dropped: reason -> pairs; added to.
-
-    Returns:
-        prompt -> its pairs, both in the order of their first appearance.
+    Returns the pairs of each prompt, both in file order, and adds the dropped pairs to `dropped` by reason.
     """
     groups: Groups = {}
     seen: set[str] = set()
@@ -161,18 +147,6 @@ def group_by_prompt(dialogues: Iterable[tuple[str, str]], dropped: Counter[str])
     return groups
 
 
-def load_groups(paths: list[Path], dropped: Counter[str], sources: dict[str, Any]) -> Groups:
-    """Reads and cleans all files together; notes the pairs and the sha256 of each in `sources`."""
-
-    def dialogues() -> Iterable[tuple[str, str]]:
-        for path in paths:
-            found = read_dialogues(path)
-            sources[str(path)] = {"pairs": len(found), "sha256": sha256_of_file(path)}
-            yield from found
-
-    return group_by_prompt(dialogues(), dropped)
-
-
 def remove_prompts(groups: Groups, prompts: Iterable[str], dropped: Counter[str]) -> Groups:
     """Returns the groups without the given prompts, and counts their pairs."""
     taken = set(prompts)
@@ -186,8 +160,8 @@ def remove_prompts(groups: Groups, prompts: Iterable[str], dropped: Counter[str]
 def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, list[Pair]]:
     """Draws prompts into parts of given sizes, and the rest.
 
-    A prompt goes, with all of its pairs, to the first part that has room for them. So a part never has more pairs than
-    its size, and less only if no prompt is left that fits.
+    A prompt goes, with all of its pairs, to the first part with enough room. So a part never has more pairs than its
+    size, and fewer only if no prompt that fits is left.
 
     Args:
         groups: prompt -> its pairs.
@@ -195,7 +169,7 @@ def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, lis
         seed: of the order in which prompts are drawn.
 
     Returns:
-        part -> its pairs; what no part has room for is `REST`.
+        part -> its pairs; those that fit no part are `REST`.
 
     Raises:
         InputError: too few pairs for the sizes and a rest, or a part that no prompt fits.
@@ -204,8 +178,8 @@ def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, lis
     flags = " ".join(f"--{name}_size {size}" for name, size in sizes.items())
     if num_pairs <= num_wanted:
         raise InputError(
-            f"found {num_pairs} training pairs after cleaning, expected more than {num_wanted} ({flags}), the rest "
-            "being for the LLM; give smaller sizes"
+            f"found {num_pairs} training pairs after cleaning, expected more than {num_wanted} ({flags}), because the "
+            "rest is for the LLM; give smaller sizes"
         )
     parts: dict[str, list[Pair]] = {name: [] for name in (*sizes, REST)}
     prompts = list(groups)
@@ -214,10 +188,8 @@ def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, lis
         pairs = groups[prompt]
         name = next((name for name, size in sizes.items() if len(parts[name]) + len(pairs) <= size), REST)
         parts[name] += pairs
-    if hollow := [name for name, pairs in parts.items() if not pairs]:
-        raise InputError(
-            f"found no prompt that fits {', '.join(hollow)} ({flags}), whose pairs stay together; give other sizes"
-        )
+    if empty := ", ".join(name for name, pairs in parts.items() if not pairs):
+        raise InputError(f"found no prompt that fits {empty} ({flags}), whose pairs stay together; give other sizes")
     return parts
 
 
@@ -231,7 +203,7 @@ def to_record(pair: Pair) -> dict[str, Any]:
 
 
 def write_records(path: Path, pairs: list[Pair]) -> None:
-    """Writes pairs as a JSON list, a record a line: the text of the whole file never stands in memory."""
+    """Writes pairs as a JSON list, one record per line; the text of the whole file is never in memory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for i, pair in enumerate(pairs):
@@ -240,11 +212,10 @@ def write_records(path: Path, pairs: list[Pair]) -> None:
 
 
 def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[str, Any]) -> dict[str, Any]:
-    """Writes the five files and, last, the manifest, into a hidden folder, and moves them to their places when all are
-    there.
+    """Writes the five files and the manifest into a hidden folder, and moves them to `output_dir` once all exist.
 
     Returns:
-        what the manifest says of each file: "pairs", "prompts", "sha256".
+        the manifest's entry of each file: "pairs", "prompts", "sha256".
     """
     outputs: dict[str, Any] = {}
     try:
@@ -253,8 +224,8 @@ def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[s
     except OSError as error:
         raise InputError(f"{output_dir}: cannot be written ({error.strerror}); give another --output_dir") from error
     with staging as folder:
-        for name, held in FILES.items():
-            pairs = [pair for part in held for pair in parts[part]]
+        for name, file_parts in FILES.items():
+            pairs = [pair for part in file_parts for pair in parts[part]]
             write_records(Path(folder, name), pairs)
             num_prompts = len({normalize_space(pair.prompt) for pair in pairs})
             outputs[name] = {"pairs": len(pairs), "prompts": num_prompts, "sha256": sha256_of_file(Path(folder, name))}
@@ -267,40 +238,22 @@ def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[s
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = OneLineParser(
-        description="Builds the hh-split layout (data/README.md) from Anthropic's hh-rlhf.",
-        epilog="example:\n"
-        "  python tools/build_hh_split.py --output_dir data/hh-split \\\n"
-        "      --train_data_path hh-rlhf/helpful-base/train.jsonl.gz hh-rlhf/harmless-base/train.jsonl.gz \\\n"
-        "      --test_data_path hh-rlhf/helpful-base/test.jsonl.gz hh-rlhf/harmless-base/test.jsonl.gz",
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write to; made if it is not there")
-    parser.add_argument(
-        "--train_data_path",
-        type=Path,
-        nargs="+",
-        help='records of "chosen", "rejected": .jsonl.gz, .jsonl, .json (default: from the Hub)',
-    )
-    parser.add_argument("--test_data_path", type=Path, nargs="+", help="the same, for the test part")
-    parser.add_argument(
-        "--subsets",
-        nargs="+",
-        choices=SUBSETS,
-        help=f"what to take from the Hub (default: {' '.join(PAPER_SUBSETS)}, as many pairs as the paper's)",
-    )
-    parser.add_argument("--rm_size", type=int, default=20_000, help="pairs for the reward model (default: 20000)")
-    parser.add_argument("--valid_size", type=int, default=10_000, help="pairs for validation (default: 10000)")
-    parser.add_argument("--test_size", type=int, help="pairs for test, for data without test files")
-    parser.add_argument("--seed", type=int, default=42, help="of the partition (default: 42)")
+    add = (parser := OneLineParser(description=__doc__)).add_argument
+    add("--output_dir", type=Path, required=True, help="folder to write to; made if it does not exist")
+    train_help = 'records of "chosen", "rejected": .jsonl.gz, .jsonl, .json (default: from the Hub)'
+    add("--train_data_path", type=Path, nargs="+", help=train_help)
+    add("--test_data_path", type=Path, nargs="+", help="the same, for the test part")
+    subsets_help = f"subsets on the Hub (default: {' '.join(PAPER_SUBSETS)}, as many pairs as the paper's)"
+    add("--subsets", nargs="+", choices=SUBSETS, help=subsets_help)
+    add("--rm_size", type=int, default=20_000, help="pairs for the reward model (default: 20000)")
+    add("--valid_size", type=int, default=10_000, help="pairs for validation (default: 10000)")
+    add("--test_size", type=int, help="pairs for test, for data without test files")
+    add("--seed", type=int, default=42, help="of the partition (default: 42)")
     return parser.parse_args()
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Refuses flags that contradict one another.
-
-    Raises:
-        InputError: in one line.
-    """
+    """Refuses flags that contradict one another."""
     if args.train_data_path is None and (args.test_data_path or args.test_size is not None):
         raise InputError("--test_data_path or --test_size without --train_data_path: the Hub has its own test files")
     if args.train_data_path and args.subsets:
@@ -328,8 +281,8 @@ def main() -> None:
     # ---- read and clean
     inputs: dict[str, dict[str, Any]] = {"train": {}, "test": {}}
     dropped: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
-    test_groups = load_groups(test_paths, dropped["test"], inputs["test"])
-    train_groups = load_groups(train_paths, dropped["train"], inputs["train"])
+    test_groups = group_by_prompt(load_dialogues(test_paths, inputs["test"]), dropped["test"])
+    train_groups = group_by_prompt(load_dialogues(train_paths, inputs["train"]), dropped["train"])
     train_groups = remove_prompts(train_groups, test_groups, dropped["train"])
     if test_paths and not test_groups:
         raise InputError(f"no test pair is left after cleaning; dropped: {describe_counts(dropped['test'], 'pairs')}")

@@ -1,21 +1,23 @@
-"""Data doctor: what is wrong with data files, and what is in them, before a run spends hours on them.
+"""Checks data files before a run spends hours on them: reports faults and statistics.
 
+example:
     python tools/check_data.py --train_data_path data/sample/rm_data/hh_split_rm.train.json \\
         --eval_data_path data/sample/eval_data/hh_cleaned_origin.test.json \\
         --model_name_or_path outputs/rm_base --output_dir outputs/check_data
 
-It reads every format of the project: pairs, samples, golden answers. It prints one block a file, findings first, then
-what lies between the files, and with `--output_dir` writes `check_data.json` and, given a tokenizer, `check_data.png`.
+It reads every format of the project: pairs, sampled responses, golden responses. It prints one block per file,
+findings first, then what files share, and with `--output_dir` writes `check_data.json` and, given a tokenizer,
+`check_data.png`.
 
 A *finding* is one of `FINDINGS`; with `--strict` any of them makes the exit status 2. Everything else is a statistic:
 ties, length bias, lengths, truncated responses, padding. Prompts that a training file shares with an evaluation file
-are a finding; files of the same side share prompts on purpose (golden answers and samples, the parts of a whole).
+are a finding; two training files share prompts on purpose (golden and sampled responses, the parts of a whole).
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
+import functools
 import hashlib
 import itertools
 import json
@@ -33,16 +35,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apo.cli import NUM_SHOWN, BadField, InputError, OneLineParser, exit_on_input_error, write_json
-from apo.figures import new_figure, save_figure
-from apo.records import (
-    SEPARATOR,
-    PreferenceRecord,
-    iter_records,
-    parse_record,
-    require_query_id,
-    require_string,
-    require_text,
-)
+from apo.figures import plot_lengths_and_batching
+from apo.records import PreferenceRecord, iter_parsed, iter_records, parse_record, record_kind
 from apo.statistics import wilson_interval
 from reward_datasets import (
     RewardDataCollator,
@@ -56,18 +50,22 @@ from reward_datasets import (
 if TYPE_CHECKING:
     from apo.tokenizer import RewardTokenizer
 
+# What the report calls each kind of `record_kind`.
+KINDS = {"comparison_pair": "pairs", "reject_sample": "samples", "golden": "golden"}
 FINDINGS = {
-    "unreadable": "the file is not readable to its end, or holds other things than records",
+    "unreadable": "the file cannot be read to its end, or holds something that is no record",
     "bad_records": "bad records",
     "duplicates": "records with the prompt and the responses of an earlier one",
     "duplicate_ids": "records with the query id of an earlier one",
-    "identical_pairs": "pairs of twice the same text",
+    "identical_pairs": "pairs of two equal texts",
     "identical_after_truncation": "pairs of two texts that become the same tokens",
     "prompts_cut_away": "responses whose whole prompt is cut away",
-    "golden_without_samples": "golden answers without samples",
-    "samples_without_golden": "samples without a golden answer",
-    "overlap": "prompts of training files that evaluation files hold too",
+    "golden_without_samples": "golden responses without sampled ones",
+    "samples_without_golden": "sampled responses without a golden one",
+    "overlap": "prompts of training files that are also in evaluation files",
 }
+NOT_TOKENISED = "left out without --model_name_or_path: truncation, lengths in tokens, padding"
+LENGTHS = ("prompt", "response", "sequence")  # in tokens, before truncation
 QUANTILES = {"min": 0, "5%": 5, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "max": 100}
 
 
@@ -79,60 +77,38 @@ class Findings(dict[str, dict[str, Any]]):
         finding = self.setdefault(name, {"count": 0, "first": []})
         finding["count"] += 1
         if len(finding["first"]) < NUM_SHOWN:
-            finding["first"].append(example.encode(errors="replace").decode())  # no file holds half a surrogate pair
+            finding["first"].append(example.encode(errors="replace").decode())  # without lone surrogates
 
 
 @dataclass
 class FileCheck:
-    """All that is kept of a file; of each record little more than two hashes, so that memory stays low."""
+    """The findings and statistics of a file; of each record it keeps two hashes and numbers, to save memory."""
 
     path: str
     name: str
     role: str  # train or eval
-    kind: str = "unknown"  # pairs, samples or golden
+    kind: str = "unknown"  # or one of `KINDS`
     findings: Findings = field(default_factory=Findings)
     counts: Counter[str] = field(default_factory=Counter)
     contents: dict[bytes, str] = field(default_factory=dict)  # hash of prompt and responses -> first place
     prompts: dict[bytes, str] = field(default_factory=dict)  # hash of the prompt -> first place
-    ids: dict[str, str] = field(default_factory=dict)  # query id -> first place; where an id must be the only one
-    lengths: dict[str, array] = field(  # in tokens, before truncation
-        default_factory=lambda: {name: array("q") for name in ("prompt", "response", "sequence")}
-    )
+    ids: dict[str, str] = field(default_factory=dict)  # query id -> first place; not of pairs, whose ids may repeat
+    lengths: dict[str, array] = field(default_factory=lambda: {name: array("q") for name in LENGTHS})
     tokens_run: Counter[str] = field(default_factory=Counter)  # way of batching -> tokens
 
 
 # ------------------------------------------------------------------------------------------------ texts
 
 
-def kind_of(raw: dict[str, Any]) -> str:
-    """Tells the format of a file from its first record."""
-    if "query" not in raw:
-        return "pairs"
-    return "golden" if "golden" in raw else "samples"
-
-
-def parse_golden(raw: dict[str, Any]) -> PreferenceRecord:
-    """Checks a golden answer as the converter does, which counts and skips an empty one."""
-    query_id, query = require_query_id(raw), require_text(raw, "query")
-    if SEPARATOR in query:
-        raise BadField("query", f"a text with {SEPARATOR}", f"one without; {SEPARATOR} is put behind it")
-    return PreferenceRecord([query], [require_string(raw, "golden")], [0.0], query_id, ["golden"])
-
-
-def parse_records(check: FileCheck, add_sep_token: bool) -> Iterator[tuple[str, PreferenceRecord]]:
-    """Checks the texts of each good record, those behind a bad one too, and yields it with its place."""
+def check_records(check: FileCheck, add_sep_token: bool) -> Iterator[tuple[str, PreferenceRecord]]:
+    """Checks the texts of each good record, also after a bad one, and yields it with its place."""
     try:
-        for index, (place, raw) in enumerate(iter_records(check.path)):
-            if index == 0:
-                check.kind = kind_of(raw)
-            try:
-                if check.kind == "golden":
-                    record = parse_golden(raw)
-                else:
-                    data_type = "comparison_pair" if check.kind == "pairs" else "reject_sample"
-                    record = parse_record(raw, data_type, str(index), add_sep_token)
-            except BadField as error:
-                check.findings.add("bad_records", f"{place}: {error}")
+        kind = record_kind(next(iter_records(check.path))[1])
+        check.kind = KINDS[kind]
+        parse = functools.partial(parse_record, kind=kind, add_sep_token=add_sep_token)
+        for place, record in iter_parsed(check.path, parse):
+            if isinstance(record, BadField):
+                check.findings.add("bad_records", f"{place}: {record}")
             else:
                 check_texts(check, place, record)
                 yield place, record
@@ -141,25 +117,24 @@ def parse_records(check: FileCheck, add_sep_token: bool) -> Iterator[tuple[str, 
 
 
 def digest(value: Any) -> bytes:
-    """A hash of 16 bytes that stands for a value."""
+    """Returns a hash of 16 bytes that identifies a JSON value."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).digest()
 
 
 def pairs_of(record: PreferenceRecord) -> list[tuple[int, int]]:
-    """The pairs (i, j) of an item in which training prefers i: float32 of the normalised scores tells, as there."""
+    """Returns the pairs (i, j) in which training prefers i: it compares normalised scores in float32."""
     return preferred_pairs(np.float32(normalize_scores(record.scores)).tolist())
 
 
 def check_texts(check: FileCheck, place: str, record: PreferenceRecord) -> None:
-    """Adds what a record's texts, scores and id tell."""
+    """Adds the findings and counts of a record's texts, scores and id."""
     texts = list(zip(record.prompts, record.responses, strict=True))
     first = check.contents.setdefault(digest(sorted(set(texts))), place)
     if first != place:
         check.findings.add("duplicates", f"{place} is {first} again")
     if check.kind != "pairs" and check.ids.setdefault(record.query_id, place) != place:
-        check.findings.add(
-            "duplicate_ids", f"{place} and {check.ids[record.query_id]}: id {json.dumps(record.query_id)}"
-        )
+        example = f"{place} and {check.ids[record.query_id]}: id {json.dumps(record.query_id)}"
+        check.findings.add("duplicate_ids", example)
     for prompt in filter(None, (" ".join(prompt.split()) for prompt in dict.fromkeys(record.prompts))):
         check.prompts.setdefault(digest(prompt), place)
 
@@ -187,19 +162,18 @@ def tokenized_items(
     tokenizer: RewardTokenizer,
     settings: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
-    """Adds what the tokens of each record tell, and yields items as `RewardDataCollator` takes them."""
-    unlimited = {**settings, "max_length": sys.maxsize}
+    """Adds the findings and counts of each record's tokens, and yields items as `RewardDataCollator` takes them."""
     for place, record, ids in encode_records(records, tokenizer):
         sequences = [build_sequence(*pair, tokenizer, **settings) for pair in ids]
         different = dict(zip(record.prompts, (prompt for prompt, _ in ids), strict=True))
         check.lengths["prompt"].extend(map(len, different.values()))
         for number, (sequence, (prompt, response)) in enumerate(zip(sequences, ids, strict=True), start=1):
-            whole = len(build_sequence(prompt, response, tokenizer, **unlimited))
+            after_prompt = len(response) + settings["add_sep_token"] + 1  # [sep] response eos
+            whole = 1 + len(prompt) + after_prompt  # with bos
             check.lengths["response"].append(len(response))
             check.lengths["sequence"].append(whole)
             check.counts["truncated_responses"] += len(sequence) < whole
-            behind_prompt = whole - 1 - len(prompt)  # bos stands before it
-            if prompt and settings["truncation_side"] == "left" and len(sequence) <= behind_prompt:
+            if prompt and settings["truncation_side"] == "left" and len(sequence) <= after_prompt:
                 check.findings.add("prompts_cut_away", f"{place}: response {number} ({len(response)} tokens)")
         for i, j in pairs_of(record) if check.kind == "pairs" else ():
             is_same_text = (record.prompts[i], record.responses[i]) == (record.prompts[j], record.responses[j])
@@ -209,14 +183,12 @@ def tokenized_items(
 
 
 def count_tokens_run(items: list[dict[str, Any]], pad_token_id: int, max_length: int) -> Counter[str]:
-    """Tokens that a batch of these items costs: needed (its sequences), as a tree, padded, and as the reference pads.
+    """Counts the tokens of a batch: needed (its sequences), as a tree, padded, and as the reference pads it.
 
-    The reference pads a batch of several items to `max_length`, and fills absent responses up with a dummy.
+    The reference pads a batch of several items to `max_length`, and adds a dummy for each absent response.
     """
-    padded, tree = (
-        RewardDataCollator(pad_token_id, batching=batching)(items)["input_ids"].numel()
-        for batching in ("padded", "tree")
-    )
+    collators = (RewardDataCollator(pad_token_id, batching=batching) for batching in ("padded", "tree"))
+    padded, tree = (collator(items)["input_ids"].numel() for collator in collators)
     reference = len(items) * max(len(item["input_ids"]) for item in items) * max_length if len(items) > 1 else padded
     needed = sum(len(ids) for item in items for ids in item["input_ids"])
     return Counter(needed=needed, reference=reference, padded=padded, tree=tree)
@@ -225,45 +197,40 @@ def count_tokens_run(items: list[dict[str, Any]], pad_token_id: int, max_length:
 def check_file(
     check: FileCheck, settings: dict[str, Any], tokenizer: RewardTokenizer | None = None, batch_size: int = 8
 ) -> FileCheck:
-    """Reads a file once and adds to `check` all that it tells.
+    """Reads a file and adds its findings and statistics to `check`.
 
     Args:
-        check: of the file; nothing but its path, name and role is known yet.
+        check: with path, name and role.
         settings: `add_sep_token`, and with a tokenizer `max_length` and `truncation_side`.
-        tokenizer: None leaves out what needs tokens.
+        tokenizer: None skips everything that needs tokens.
         batch_size: items of the batches whose tokens are counted.
     """
-    records = parse_records(check, settings["add_sep_token"])
-    if tokenizer is None:
-        collections.deque(records, maxlen=0)
-        return check
-    items = tokenized_items(check, records, tokenizer, settings)
+    records = check_records(check, settings["add_sep_token"])
+    items = tokenized_items(check, records, tokenizer, settings) if tokenizer else records
     while batch := list(itertools.islice(items, batch_size)):
-        check.tokens_run.update(count_tokens_run(batch, tokenizer.pad_token_id, settings["max_length"]))
+        if tokenizer:
+            check.tokens_run.update(count_tokens_run(batch, tokenizer.pad_token_id, settings["max_length"]))
     return check
 
 
-# ------------------------------------------------------------------------------------------------ between files
+# ------------------------------------------------------------------------------------------------ across files
 
 
 def compare_ids(checks: list[FileCheck]) -> Findings:
-    """Finds ids that only golden files or only samples files hold, if there are files of both kinds."""
+    """Finds the ids without a golden or without a sampled response, if there are files of both kinds."""
     findings = Findings()
-    known = {
-        kind: {query_id for check in checks if check.kind == kind for query_id in check.ids}
-        for kind in ("golden", "samples")
-    }
-    names = {"golden": ("samples", "golden_without_samples"), "samples": ("golden", "samples_without_golden")}
-    for check in checks if all(known.values()) else ():
-        other, name = names.get(check.kind, ("", ""))
-        for query_id, place in check.ids.items() if other else ():
-            if query_id not in known[other]:
-                findings.add(name, f"{check.name}: {place}: id {json.dumps(query_id)}")
+    others = {"golden": "samples", "samples": "golden"}
+    for check in checks:
+        other = others.get(check.kind)
+        known = {query_id for check in checks if check.kind == other for query_id in check.ids}
+        for query_id, place in check.ids.items() if known else ():
+            if query_id not in known:
+                findings.add(f"{check.kind}_without_{other}", f"{check.name}: {place}: id {json.dumps(query_id)}")
     return findings
 
 
 def compare_prompts(checks: list[FileCheck]) -> list[dict[str, Any]]:
-    """Counts the prompts that two files share, white space aside, for every two files that share any.
+    """Counts the prompts that two files share, ignoring white space, for every two files that share any.
 
     Returns:
         rows of "files", "prompts" (different ones), "of" (how many each file has), "first" (a few places), and
@@ -271,8 +238,7 @@ def compare_prompts(checks: list[FileCheck]) -> list[dict[str, Any]]:
     """
     rows = []
     for one, other in itertools.combinations(checks, 2):
-        shared = [key for key in one.prompts if key in other.prompts]
-        if shared:
+        if shared := [key for key in one.prompts if key in other.prompts]:
             row = {"files": [one.name, other.name], "prompts": len(shared)}
             row["of"] = [len(one.prompts), len(other.prompts)]
             row["first"] = [f"{one.prompts[key]} and {other.prompts[key]}" for key in shared[:NUM_SHOWN]]
@@ -283,13 +249,8 @@ def compare_prompts(checks: list[FileCheck]) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------ reporting
 
 
-def quantiles(lengths: array) -> dict[str, float]:
-    """The quantiles of `QUANTILES`, interpolated."""
-    return dict(zip(QUANTILES, np.percentile(lengths, list(QUANTILES.values())).tolist(), strict=True))
-
-
 def summarize(check: FileCheck) -> dict[str, Any]:
-    """The statistics of one file; lengths in tokens are those before truncation."""
+    """Returns the statistics of one file; lengths in tokens are those before truncation."""
     counts = check.counts
     names = ["records", "responses", "empty_responses", "without_prompt"]
     names += ["pairs", "tied_pairs", "tied_items"] * (check.kind == "pairs")
@@ -303,15 +264,16 @@ def summarize(check: FileCheck) -> dict[str, Any]:
         result["longer_preferred"] = {"share": share, "interval_95": interval, "pairs": num_pairs}
     if run := dict(check.tokens_run):
         result["truncated_responses"] = counts["truncated_responses"]
-        result["tokens"] = {name: quantiles(lengths) for name, lengths in check.lengths.items()}
-        if check.kind != "golden":  # golden answers are never run by themselves
+        points = {name: np.percentile(values, list(QUANTILES.values())) for name, values in check.lengths.items()}
+        result["tokens"] = {name: dict(zip(QUANTILES, p.tolist(), strict=True)) for name, p in points.items()}
+        if check.kind != "golden":  # the model never runs golden responses alone
             ratios = {name: run[name] / run["needed"] for name in ("reference", "padded", "tree")}
             result |= {"tokens_run": run, "tokens_run_per_needed": ratios}
     return result
 
 
 def make_report(checks: list[FileCheck], settings: dict[str, Any] | None) -> dict[str, Any]:
-    """The whole result, as `check_data.json` holds it; `num_findings` adds up all counts of findings."""
+    """Returns the content of `check_data.json`; `num_findings` is the sum of all counts of findings."""
     files = [
         {"path": c.path, "role": c.role, "kind": c.kind, "findings": c.findings, "statistics": summarize(c)}
         for c in checks
@@ -324,48 +286,36 @@ def make_report(checks: list[FileCheck], settings: dict[str, Any] | None) -> dic
 
 
 def format_finding(name: str, count: int, first: list[str]) -> list[str]:
-    """How many of what, and the first few, a line each."""
+    """Returns a line with the count, and a line for each of the first few."""
     more = [f"... and {count - NUM_SHOWN} more"] * (count > NUM_SHOWN)
     return [f"  FOUND {count} {FINDINGS[name]} ({name})", *(f"        {line}" for line in first + more)]
 
 
 def format_findings(findings: dict[str, dict[str, Any]]) -> list[str]:
-    """All findings of a file, or between files."""
+    """Returns the lines of all findings, in the order of `FINDINGS`."""
     return [line for name in FINDINGS if name in findings for line in format_finding(name, **findings[name])]
 
 
-def format_file(entry: dict[str, Any], settings: dict[str, Any] | None) -> list[str]:
-    """The block of one file."""
-    stats = entry["statistics"]
+def format_value(value: Any) -> str:
+    """Returns a statistic as text: numbers with four digits, objects as "name value, name value"."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {format_value(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return f"[{', '.join(map(format_value, value))}]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def format_file(entry: dict[str, Any]) -> list[str]:
+    """Returns the lines of one file: its findings, then its statistics under the names of `check_data.json`."""
+    stats = dict(entry["statistics"])
+    stats |= {f"tokens per {name}": values for name, values in stats.pop("tokens", {}).items()}
     lines = [f"{entry['path']} ({entry['role']}): {entry['kind']}, {stats['records']} good records"]
     lines += format_findings(entry["findings"]) or ["  nothing found"]
-    if not stats["records"]:
-        return lines
-    lines.append(
-        "  responses     {responses}, {empty_responses} empty; {without_prompt} records without prompt".format(**stats)
-    )
-    if "share_of_tied_pairs" in stats:
-        ties = "{tied_pairs} pairs ({share_of_tied_pairs:.1%}), {tied_items} whole items ({share_of_tied_items:.1%})"
-        lines.append(f"  pairs         {stats['pairs']}; equal scores: {ties.format(**stats)}")
-    if longer := stats.get("longer_preferred"):
-        interval = "[{:.1%}, {:.1%}]".format(*longer["interval_95"])
-        share = f"{longer['share']:.1%} {interval} of {longer['pairs']} pairs"
-        lines.append(f"  length bias   the response of more characters is preferred in {share}")
-    if tokens := stats.get("tokens"):
-        lines.append("  tokens        " + "".join(f"{name:>8}" for name in QUANTILES))
-        lines += [f"    {n:<12}" + "".join(f"{q:8.0f}" for q in values.values()) for n, values in tokens.items()]
-        share = stats["truncated_responses"] / stats["responses"]
-        how = f"to {settings['max_length']} tokens, cut on the {settings['truncation_side']}"
-        lines.append(f"  truncated     {stats['truncated_responses']} responses ({share:.1%}) {how}")
-    if ratios := stats.get("tokens_run_per_needed"):
-        ways = "padded {padded:.2f}, padded as in the reference {reference:.2f}, tree {tree:.2f}".format(**ratios)
-        needed, size = stats["tokens_run"]["needed"], settings["batch_size"]
-        lines.append(f"  tokens run    for each of {needed}, in batches of {size} items: {ways}")
-    return lines
+    return lines + [f"  {name:<22} {format_value(value)}" for name, value in stats.items() if stats["records"]]
 
 
 def format_overlap(row: dict[str, Any]) -> list[str]:
-    """What two files share."""
+    """Returns the lines of two files that share prompts."""
     files = " and ".join(f"{name} (of {count})" for name, count in zip(row["files"], row["of"], strict=True))
     if not row["is_finding"]:
         return [f"  {row['prompts']} prompts shared by {files}"]
@@ -373,75 +323,41 @@ def format_overlap(row: dict[str, Any]) -> list[str]:
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """The report as text: one block a file, then what lies between the files, then the sum."""
-    blocks = [format_file(entry, report["settings"]) for entry in report["files"]]
-    between = format_findings(report["unmatched_ids"])
+    """Returns the report as text: one block per file, then what files share, then the total."""
+    blocks = [format_file(entry) for entry in report["files"]]
+    shared = format_findings(report["unmatched_ids"])
     for row in sorted(report["overlap"], key=lambda row: not row["is_finding"]):
-        between += format_overlap(row)
+        shared += format_overlap(row)
     if len(blocks) > 1:
-        blocks.append(["between the files", *(between or ["  nothing found"])])
-    if report["settings"] is None:
-        blocks.append(["left out without --model_name_or_path: truncation, lengths in tokens, padding"])
+        blocks.append(["across files", *(shared or ["  nothing found"])])
+    settings = report["settings"]
+    blocks.append([f"settings: {format_value(settings)}" if settings else NOT_TOKENISED])
     blocks.append([f"findings in total: {report['num_findings']}"])
     return "\n\n".join("\n".join(block) for block in blocks)
-
-
-def draw_report(path: Path, checks: list[FileCheck], max_length: int) -> None:
-    """Draws the lengths of the sequences of each file, and the tokens that each way of batching runs."""
-    checks = [check for check in checks if check.tokens_run]
-    figure, (histogram, bars) = new_figure(2, width=5.5, height=3 + 0.5 * len(checks))
-    bins = np.linspace(0, max((max(check.lengths["sequence"]) for check in checks), default=1), 41)
-    for check in checks:
-        lengths = check.lengths["sequence"]
-        weights = np.full(len(lengths), 1 / len(lengths))
-        histogram.hist(lengths, bins=bins, weights=weights, histtype="step", label=check.name)
-    histogram.axvline(max_length, color="grey", linestyle=":", label="max_length")
-    histogram.set(xlabel="tokens of a sequence, before truncation", ylabel="share", title="length")
-    histogram.legend(fontsize=7)
-    run = {c.name: summarize(c)["tokens_run_per_needed"] for c in checks if c.kind != "golden"}
-    for offset, way in zip((0.25, 0, -0.25), ("tree", "padded", "reference"), strict=True):
-        bars.barh(np.arange(len(run)) - offset, [ratios[way] for ratios in run.values()], height=0.23, label=way)
-    bars.set_yticks(range(len(run)), list(run), fontsize=7)
-    bars.invert_yaxis()
-    bars.axvline(1, color="grey", linestyle=":")
-    bars.set(xlabel="tokens run for each that the sequences hold", title="batching")
-    bars.legend(fontsize=7)
-    save_figure(path, figure)
 
 
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def parse_bool(word: str) -> bool:
-    """Reads true or false."""
-    if word.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"found {word}, expected true or false")
-    return word.lower() == "true"
+def parse_bool(word: str) -> bool | str:
+    """Reads true or false; argparse refuses any other word."""
+    return {"true": True, "false": False}.get(word.lower(), word)
 
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
-    parser = OneLineParser(
-        description="Says what is wrong with data files, and what is in them.",
-        epilog="example:\n"
-        "  python tools/check_data.py --train_data_path data/sample/rm_data/hh_split_rm.train.json \\\n"
-        "      --eval_data_path data/sample/eval_data/hh_cleaned_origin.test.json \\\n"
-        "      --model_name_or_path outputs/rm_base --output_dir outputs/check_data",
-    )
-    parser.add_argument("--train_data_path", nargs="+", default=[], help="files that training draws on, of any kind")
-    parser.add_argument("--eval_data_path", nargs="+", default=[], help="files for evaluation, of any kind")
-    parser.add_argument("--model_name_or_path", help="model whose tokenizer counts; without it nothing is tokenised")
-    parser.add_argument(
-        "--max_length", type=int, help="longest sequence in tokens (default: the checkpoint's, or 256)"
-    )
-    parser.add_argument(
-        "--truncation_side", choices=("left", "right"), help="side cut off (default: the checkpoint's, or left)"
-    )
+    add = (parser := OneLineParser(description=__doc__)).add_argument
+    add("--train_data_path", nargs="+", default=[], help="files used in training, of any kind")
+    add("--eval_data_path", nargs="+", default=[], help="files for evaluation, of any kind")
+    add("--model_name_or_path", help="model whose tokenizer counts; without it nothing is tokenised")
+    add("--max_length", type=int, help="longest sequence in tokens (default: the checkpoint's, or 256)")
+    side_help = "side that is cut off (default: the checkpoint's, or left)"
+    add("--truncation_side", choices=("left", "right"), help=side_help)
     sep_help = "separator between prompt and response (default: as the checkpoint, or false)"
-    parser.add_argument("--add_sep_token", nargs="?", const=True, type=parse_bool, help=sep_help)
-    parser.add_argument("--batch_size", type=int, default=8, help="items of a batch whose tokens count (default: 8)")
-    parser.add_argument("--output_dir", type=Path, help="folder for check_data.json and check_data.png")
-    parser.add_argument("--strict", action="store_true", help="exit status 2 when anything is found")
+    add("--add_sep_token", nargs="?", const=True, type=parse_bool, choices=(True, False), help=sep_help)
+    add("--batch_size", type=int, default=8, help="items of a batch whose tokens are counted (default: 8)")
+    add("--output_dir", type=Path, help="folder for check_data.json and check_data.png")
+    add("--strict", action="store_true", help="exit status 2 if there is any finding")
     return parser.parse_args()
 
 
@@ -453,21 +369,13 @@ def check_args(args: argparse.Namespace) -> None:
     for path in paths:
         if not Path(path).is_file():
             raise InputError(f"{path}: no such file; give the path of an existing .json, .jsonl, .gz or .parquet file")
-    for name, least in (("max_length", 8), ("batch_size", 1)):
-        value = getattr(args, name)
+    for name, value, least in (("max_length", args.max_length, 8), ("batch_size", args.batch_size, 1)):
         if value is not None and value < least:
             raise InputError(f"--{name} {value}: expected at least {least}")
-    if args.output_dir:
-        try:
-            args.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"--output_dir {args.output_dir}: cannot be made ({error.strerror}); give another folder"
-            ) from error
 
 
 def load_tokenizer(path: str, flags: dict[str, Any]) -> tuple[RewardTokenizer, dict[str, Any]]:
-    """The tokenizer of a model, and its settings as `train.py` would settle them."""
+    """Returns the tokenizer of a model, and the settings that `train.py` would use with these flags."""
     from apo.tokenizer import load_reward_tokenizer
     from models import load_config, resolve_settings
 
@@ -500,7 +408,10 @@ def main() -> None:
     if args.output_dir:
         write_json(args.output_dir / "check_data.json", report)
         if tokenizer:
-            draw_report(args.output_dir / "check_data.png", checks, settings["max_length"])
+            lengths = {check.name: check.lengths["sequence"] for check in checks if check.tokens_run}
+            stats = {check.name: entry["statistics"] for check, entry in zip(checks, report["files"], strict=True)}
+            ratios = {name: s["tokens_run_per_needed"] for name, s in stats.items() if "tokens_run_per_needed" in s}
+            plot_lengths_and_batching(args.output_dir / "check_data.png", lengths, ratios, settings["max_length"])
     if args.strict and report["num_findings"]:
         sys.exit(2)
 

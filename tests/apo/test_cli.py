@@ -1,8 +1,66 @@
-"""Errors in one line, the parser, atomic writing."""
+"""Command lines: one-line errors, complete files."""
+
+from collections import Counter
+from pathlib import Path
 
 import pytest
+from conftest import read_json
 
-from apo.cli import InputError, OneLineParser, at_least
+from apo.cli import InputError, OneLineParser, at_least, describe_counts, exit_on_input_error, write_json
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "a.json"
+    write_json(path, {"a": "é"})
+    monkeypatch.setattr(Path, "write_text", lambda self, text, **_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(InputError, match="disk full"):
+        write_json(path, {"a": "b"})
+    assert read_json(path) == {"a": "é"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("file/a.json", "b"), ("folder", "b"), ("a.json", "\ud83d")], ids=["below", "folder", "text"]
+)
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, name, text):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match=rf"{name}: cannot be written \(.*\); give another place, or fix the text$"):
+        write_json(tmp_path / name, text)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "the following arguments are required: --seed; see --help"),
+        (["--seed", "x"], "argument --seed: invalid int value: 'x'; see --help"),
+        (["--seed", "1", "--nonsense"], "unrecognized arguments: --nonsense; see --help"),
+        (["--see", "1"], "required: --seed; see --help"),
+    ],
+)
+def test_flags_that_are_refused_are_one_line(argv, message):
+    """An abbreviated flag is no flag."""
+    parser = OneLineParser(description="A tool.")
+    parser.add_argument("--seed", type=int, required=True)
+    with pytest.raises(InputError, match=message):
+        parser.parse_args(argv)
+
+
+def test_counts_are_put_into_words():
+    assert describe_counts(Counter(b=2, a=1, c=0), "responses") == "3 responses (1 a, 2 b)"
+    assert describe_counts(Counter(), "pairs") == "0 pairs"
+
+
+def test_every_process_reports_its_error_in_one_line(monkeypatch, capsys):
+    @exit_on_input_error
+    def main() -> None:
+        raise InputError("no\nline")
+
+    for rank, line in (("0", "error: no\\nline\n"), ("1", "error of rank 1: no\\nline\n")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert capsys.readouterr().err == line
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_repeated_query_ids_are_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_main(**flags(path, tmp_path / "out"))
     assert stop.value.code == 2
-    assert "more than once" in capsys.readouterr().err
+    assert "which record 1 has too" in capsys.readouterr().err
 
 
 def test_two_files_that_would_share_a_scores_file_are_refused():

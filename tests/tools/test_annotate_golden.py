@@ -8,7 +8,7 @@ from conftest import command_line, pair, read_json, write_records
 
 from tools import annotate_golden
 from tools.annotate_golden import describe_cost, estimate_prompt_tokens
-from tools.apo_data_converter import convert, read_golden, read_samples
+from tools.apo_data_converter import convert, load_responses
 
 PROMPTS = [f"\n\nHuman: What is {i}?\n\nAssistant:" for i in range(5)]
 
@@ -41,7 +41,8 @@ def test_the_converter_reads_the_result(annotate, server, tmp_path, capsys):
     assert all(record["golden"] == f" {record['golden'].strip()}" for record in golden)
     assert f"{path}: 5 golden responses, 0 of them empty\n" == capsys.readouterr().out
     samples = [{"query_id": str(i), "query": q, "sample_0": " No idea at all."} for i, q in enumerate(PROMPTS)]
-    pairs = convert(read_golden(path), read_samples(write_records(tmp_path / "s.json", samples)))
+    sampled = load_responses(write_records(tmp_path / "s.json", samples), "sampled")
+    pairs = convert(load_responses(path, "golden"), sampled)
     assert pairs.num_pairs == 5
     assert sorted(file.name for file in tmp_path.glob("g.*")) == ["g.json", "g.settings.json"]
 

@@ -1,8 +1,8 @@
-"""tools/check_data.py: every finding and statistic by hand, the counts of training itself, and the command line."""
+"""tools/check_data.py: every finding and statistic by hand, the counts of training, and the command line."""
 
-import gzip
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from apo.records import load_preference_data
 from apo.statistics import wilson_interval
 from apo.tokenizer import load_reward_tokenizer
 from reward_datasets import tokenize_records
+from tools import check_data
 from tools.check_data import (
     FINDINGS,
     FileCheck,
@@ -24,12 +25,11 @@ from tools.check_data import (
     summarize,
 )
 
-TOOL = "check_data.py"
 SAMPLE = REPO_ROOT / "data" / "sample"
 
 
 class WordTokenizer:
-    """Every word is a token, so that lengths can be counted by eye."""
+    """Every word is a token, so that lengths are easy to count."""
 
     bos_token_id, eos_token_id, pad_token_id, sep_token_id = 1, 2, 3, 4
 
@@ -40,12 +40,12 @@ class WordTokenizer:
         return [[self.ids.setdefault(word, 5 + len(self.ids)) for word in text.split()] for text in texts]
 
 
-def golden(query_id: str, query: str = "Why?", answer: str = " So.") -> dict:
-    return {"query_id": query_id, "query": query, "golden": answer}
+def golden(query_id: str, query: str = "Why?", response: str = " So.") -> dict:
+    return {"query_id": query_id, "query": query, "golden": response}
 
 
-def samples(query_id: str, query: str = "Why?", *answers: str) -> dict:
-    return {"query_id": query_id, "query": query, **{f"sample_{i}": a for i, a in enumerate(answers or (" No.",))}}
+def sampled(query_id: str, query: str = "Why?") -> dict:
+    return {"query_id": query_id, "query": query, "sample_0": " No."}
 
 
 def check(path: Path, role: str = "train", **settings: object) -> FileCheck:
@@ -63,27 +63,32 @@ def counts(findings: dict) -> dict[str, int]:
     return {name: finding["count"] for name, finding in findings.items()}
 
 
-def write_as(path: Path, records: list) -> Path:
-    """Writes a file in the format that its name tells."""
-    lines = "".join(json.dumps(record) + "\n" for record in records)
-    text = lines if ".jsonl" in path.name else json.dumps(records)
-    if path.suffix == ".parquet":
-        parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").Table
-        parquet.write_table(table.from_pylist(records), path)
-    else:
-        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
-    return path
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Runs the tool in this process; returns its exit status, stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, words)])
+        status = 0
+        try:
+            check_data.main()
+        except SystemExit as error:
+            status = error.code
+        return (status, *capsys.readouterr())
+
+    return run
 
 
 # ------------------------------------------------------------------------------------------------ one file
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "a.parquet"])
-def test_records_behind_a_bad_one_are_checked_in_every_format(tmp_path, name):
-    """Records 2 (one score for two texts) and 3 (a text that is empty) are bad, 4 is 1 again: two good ones."""
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_records_after_a_bad_one_are_checked(tmp_path, name):
+    """Records 2 (one score for two texts) and 3 (an empty text) are bad, 4 is a duplicate of 1: two good records."""
     bad = [{**pair("What?"), "scores": [1.0]}, {"text": ["", "b<sep>c"], "scores": [1.0, 0.0]}]
-    path = write_as(tmp_path / name, [pair(), *bad, pair()])
-    word = "line" if "jsonl" in name else "record"
+    records = [pair(), *bad, pair()]
+    path, word = tmp_path / name, "line" if name == "a.jsonl" else "record"
+    path.write_text("\n".join(map(json.dumps, records)) if word == "line" else json.dumps(records))
     found = check(path)
     assert (found.kind, found.counts["records"]) == ("pairs", 2)
     assert counts(found.findings) == {"bad_records": 2, "duplicates": 1}
@@ -103,7 +108,7 @@ def test_text_without_separator_is_bad_with_add_sep_token(tmp_path):
 @pytest.mark.parametrize(
     ("content", "records", "message"),
     [
-        ("", 0, "the file is empty"),
+        ("", 0, "the file is empty or holds no records"),
         (json.dumps(pair()) + "\n{", 1, "broken JSON at line 2"),
         (json.dumps([pair(), 7]), 1, "record 2: found the number 7, expected an object"),
     ],
@@ -124,11 +129,11 @@ def test_duplicates_have_the_same_prompt_and_set_of_responses(tmp_path):
     assert found.findings["duplicates"]["first"] == ["record 2 is record 1 again", "record 4 is record 1 again"]
 
 
-def test_ids_must_differ_in_golden_and_samples_files_only(tmp_path):
+def test_ids_must_be_unique_in_files_of_golden_and_sampled_responses_only(tmp_path):
     """Id "1" twice in each file, once as a number: one finding each, none among pairs."""
     files = {
         "golden": [golden("1"), golden(1, "What?")],
-        "samples": [samples("1"), samples(1, "What?")],
+        "samples": [sampled("1"), sampled(1, "What?")],
         "pairs": [pair(query_id="1"), pair("What?", query_id="1")],
     }
     for kind, records in files.items():
@@ -137,9 +142,9 @@ def test_ids_must_differ_in_golden_and_samples_files_only(tmp_path):
         assert counts(found.findings) == ({} if kind == "pairs" else {"duplicate_ids": 1})
 
 
-def test_golden_answers_are_checked_as_the_converter_does(tmp_path):
-    """Bad: no golden (2), a number (3), <sep> in the query (4). An empty answer is counted: the converter skips it."""
-    records = [golden("1"), {"query_id": "2", "query": "a"}, golden("3", answer=3), golden("4", "a<sep>")]
+def test_golden_responses_are_checked_as_by_the_converter(tmp_path):
+    """Bad: no golden (2), a number (3), <sep> in the query (4). An empty one is counted: the converter skips it."""
+    records = [golden("1"), {"query_id": "2", "query": "a"}, golden("3", response=3), golden("4", "a<sep>")]
     found = check(write_records(tmp_path / "a.json", [*records, golden("5", "What?", " ")]))
     assert counts(found.findings) == {"bad_records": 3}
     assert [text.split(":")[0] for text in found.findings["bad_records"]["first"]] == [
@@ -200,7 +205,7 @@ def test_truncation_by_hand(tmp_path, side, expected):
         assert found.findings["prompts_cut_away"]["first"][0] == "record 1: response 1 (4 tokens)"
 
 
-def test_prompt_of_which_one_token_is_left_is_not_cut_away(tmp_path):
+def test_prompt_with_one_token_left_is_not_cut_away(tmp_path):
     """bos p q sep a x eos: 5 of 7 tokens leave q, 4 leave no token of the prompt."""
     path = write_records(tmp_path / "a.json", [pair("p q", " a x", " b x")])
     assert counts(check_tokens(path, 5).findings) == {}
@@ -221,17 +226,17 @@ def test_tokens_run_by_hand(tmp_path, batch_size, expected):
     10 tokens, then 2 + 3 + 4; of item 2 bos p sep and 2 + 2. In one batch both share their bos: 25, one by one 26.
     Padded one by one: 3 x 14 + 2 x 5.
     """
-    group = {"text": [f"a b c d e f g h<sep> {answer}" for answer in ("u", "v v", "w w w")], "scores": [2, 1, 0]}
+    group = {"text": [f"a b c d e f g h<sep> {response}" for response in ("u", "v v", "w w w")], "scores": [2, 1, 0]}
     path = write_records(tmp_path / "a.json", [group, pair("p", " x", " y")])
     assert check_tokens(path, 20, batch_size=batch_size).tokens_run == expected
 
 
-def test_golden_answers_have_lengths_but_are_not_run(tmp_path):
+def test_golden_responses_have_lengths_but_are_not_run(tmp_path):
     stats = summarize(check_tokens(write_records(tmp_path / "a.json", [golden("1")]), 20))
     assert stats["tokens"]["sequence"]["max"] == 5 and "tokens_run" not in stats
 
 
-@pytest.mark.parametrize("case", read_json(PARITY / "collate.json"), ids=str)
+@pytest.mark.parametrize("case", read_json(PARITY / "collate.json"))
 def test_reference_padding_is_the_recorded_one(tmp_path, case):
     """The recorded ids have a row for every response, dummies included, as wide as the reference pads."""
     num_padded = sum(len(row) for item in case["input_ids"] for row in item)
@@ -275,11 +280,11 @@ def test_settings_are_those_of_the_checkpoint_unless_given(tmp_path):
 
 
 def test_unmatched_ids_by_hand(tmp_path):
-    """Golden 1, 2, 3 in two files, samples 3, 4: without samples are 1 and 2, without a golden answer is 4."""
+    """Golden 1, 2, 3 in two files, sampled 3, 4: without sampled ones are 1 and 2, without a golden one is 4."""
     files = {
         "a": [golden("1", "a"), golden("2", "b")],
         "b": [golden("3", "c")],
-        "c": [samples("3", "c"), samples(4, "d")],
+        "c": [sampled("3", "c"), sampled(4, "d")],
     }
     checks = [check(write_records(tmp_path / name, records)) for name, records in files.items()]
     findings = compare_ids(checks)
@@ -290,14 +295,13 @@ def test_unmatched_ids_by_hand(tmp_path):
 
 
 def test_overlap_by_hand(tmp_path):
-    """Evaluation records 1 and 3 have the prompt of training record 2, but for white space: one prompt. The samples
-    have it too, and stand on the side of training: a finding with the evaluation file only. Texts without a prompt
-    have none to share."""
+    """Evaluation records 1 and 3 have the prompt of training record 2, white space aside: one prompt. The sampled
+    responses, a training file, share it: a finding with the evaluation file only. Texts without prompt share none."""
     train = [pair("One?"), pair("\n\nHuman: Two?"), {"text": ["a", "b"], "scores": [1, 0]}]
     evaluation = [pair("\n\nHuman:  Two? "), {"text": ["c", "d"], "scores": [1, 0]}, pair("\n\nHuman: Two?", " x")]
     checks = [
         check(write_records(tmp_path / "train.json", train)),
-        check(write_records(tmp_path / "samples.json", [samples("1", "\n\nHuman: Two?")])),
+        check(write_records(tmp_path / "samples.json", [sampled("1", "\n\nHuman: Two?")])),
         check(write_records(tmp_path / "eval.json", evaluation), "eval"),
     ]
     rows = compare_prompts(checks)
@@ -318,75 +322,60 @@ def test_overlap_by_hand(tmp_path):
 # ------------------------------------------------------------------------------------------------ command line
 
 
-HALF = "\\ud83d"  # of a surrogate pair, which no file can hold
-
-
-def test_half_a_surrogate_pair_is_a_finding(tmp_path):
+def test_half_a_surrogate_pair_is_a_finding(tmp_path, run_main):
     """As a value and as the name of a field."""
-    path = tmp_path / "a.json"
-    path.write_text(f'[{{"text": "{HALF}", "scores": [1, 0]}}, {{"{HALF}": 1}}]')
-    done = run_tool(TOOL, "--train_data_path", path, "--output_dir", tmp_path)
-    assert 'found the string "?"' in done.stdout and "the record has ?" in done.stdout
+    path, half = tmp_path / "a.json", "\\ud83d"  # which no file can hold
+    path.write_text(f'[{{"text": "{half}", "scores": [1, 0]}}, {{"{half}": 1}}]')
+    _, stdout, _ = run_main("--train_data_path", path, "--output_dir", tmp_path)
+    assert 'found the string "?"' in stdout and "the record has ?" in stdout
     assert read_json(tmp_path / "check_data.json")["num_findings"] == 2
 
 
-FOUND = {
-    "unreadable": [7],
-    "bad_records": [{**pair(), "scores": [1.0]}],
-    "duplicates": [pair(), pair()],
-    "duplicate_ids": [golden("1"), golden("1", "What?")],
-    "identical_pairs": [pair(good=" a", bad=" a")],
-}
 CLEAN = [pair(good=" long"), {"text": ["a<sep> b", "a<sep> c"], "scores": [1, 1]}]  # a tie and a bias are no finding
 
 
-@pytest.mark.parametrize(("name", "records"), [*FOUND.items(), ("", CLEAN)])
-def test_strict_exit_status(tmp_path, name, records):
+@pytest.mark.parametrize(("name", "records"), [("duplicates", [pair(), pair()]), ("", CLEAN)])
+def test_findings_are_printed_and_change_the_exit_status_with_strict(tmp_path, run_main, name, records):
     path = write_records(tmp_path / "a.json", records)
-    done = run_tool(TOOL, "--train_data_path", path, "--strict", exit_status=2 if name else 0)
-    assert done.stderr == ""
-    assert f"findings in total: {1 if name else 0}" in done.stdout
-    assert "left out without --model_name_or_path" in done.stdout
-    assert f"FOUND 1 {FINDINGS[name]}" in done.stdout if name else "nothing found" in done.stdout
-    if name == "duplicates":
-        run_tool(TOOL, "--train_data_path", path)
+    status, stdout, stderr = run_main("--train_data_path", path, "--strict")
+    assert (status, stderr) == (2 if name else 0, "")
+    assert f"findings in total: {1 if name else 0}" in stdout
+    assert "left out without --model_name_or_path" in stdout
+    assert f"FOUND 1 {FINDINGS[name]}" in stdout if name else "nothing found" in stdout
+    assert run_main("--train_data_path", path)[0] == 0
 
 
-def test_strict_counts_what_lies_between_files(tmp_path):
+def test_strict_counts_findings_across_files(tmp_path, run_main):
     train = write_records(tmp_path / "train.json", [golden("1")])
-    evaluation = write_records(tmp_path / "eval.json", [samples("2")])
-    done = run_tool(TOOL, "--train_data_path", train, "--eval_data_path", evaluation, "--strict", exit_status=2)
-    assert "findings in total: 3" in done.stdout  # the prompt, and an id without its other half in each file
+    evaluation = write_records(tmp_path / "eval.json", [sampled("2")])
+    status, stdout, _ = run_main("--train_data_path", train, "--eval_data_path", evaluation, "--strict")
+    assert status == 2
+    assert "findings in total: 3" in stdout  # the prompt, and an id in each file that the other one lacks
 
 
 def test_sample_data_is_clean_under_strict():
-    train = [
-        *(SAMPLE / "rm_data").iterdir(),
-        *(SAMPLE / "llm_data").iterdir(),
-        SAMPLE / "hh_cleaned_origin.train.json",
-    ]
+    folders = (SAMPLE / "rm_data", SAMPLE / "llm_data")
+    train = [SAMPLE / "hh_cleaned_origin.train.json", *(path for folder in folders for path in folder.iterdir())]
     evaluation = (SAMPLE / "eval_data").iterdir()
-    done = run_tool(TOOL, "--train_data_path", *train, "--eval_data_path", *evaluation, "--strict")
+    done = run_tool("check_data.py", "--train_data_path", *train, "--eval_data_path", *evaluation, "--strict")
     assert "findings in total: 0" in done.stdout and "FOUND" not in done.stdout
 
 
-@pytest.mark.slow
-def test_report_and_figure_are_written_and_a_broken_file_does_not_stop_the_others(tmp_path):
+def test_report_and_figure_are_written_and_a_broken_file_does_not_stop_the_others(tmp_path, run_main):
     broken = tmp_path / "broken.json"
     broken.write_text("[{", encoding="utf-8")
     path = SAMPLE / "rm_data" / "hh_split_rm.train.json"
-    tokenizer = ("--model_name_or_path", CHECKPOINT, "--max_length", 256, "--add_sep_token", "True")
-    output_dir = ("--output_dir", tmp_path / "out")
-    done = run_tool(TOOL, "--train_data_path", broken, path, *tokenizer, *output_dir, "--strict", exit_status=2)
+    flags = ("--model_name_or_path", CHECKPOINT, "--max_length", 256, "--add_sep_token", "True", "--strict")
+    status, stdout, _ = run_main("--train_data_path", broken, path, *flags, "--output_dir", tmp_path / "out")
     report = read_json(tmp_path / "out" / "check_data.json")
     assert report["settings"]["max_length"] == 256 and report["settings"]["add_sep_token"] is True
-    assert report["num_findings"] == 1
+    assert (status, report["num_findings"]) == (2, 1)
     first, second = report["files"]
     assert counts(first["findings"]) == {"unreadable": 1} and first["statistics"]["records"] == 0
     assert counts(second["findings"]) == {} and second["statistics"]["records"] == 440
     ratios = second["statistics"]["tokens_run_per_needed"]
     assert ratios["tree"] < 1 < ratios["padded"] < ratios["reference"]
-    assert "padded as in the reference" in done.stdout
+    assert f"padded {ratios['padded']:.4g}, tree {ratios['tree']:.4g}" in stdout
     assert (tmp_path / "out" / "check_data.png").stat().st_size > 10_000
 
 
@@ -396,11 +385,9 @@ def test_report_and_figure_are_written_and_a_broken_file_does_not_stop_the_other
         ([], "nothing to check"),
         (["--eval_data_path", "none.json"], "none.json: no such file"),
         (["--eval_data_path", __file__, "--max_length", 7], "--max_length 7: expected at least 8"),
-        (["--eval_data_path", __file__, "--batch_size", 0], "--batch_size 0: expected at least 1"),
-        (["--eval_data_path", __file__, "--output_dir", __file__], f"--output_dir {__file__}: cannot be made"),
+        (["--eval_data_path", __file__, "--add_sep_token", "maybe"], "invalid choice: 'maybe'"),
     ],
 )
-def test_wrong_arguments_end_in_one_line(words, message):
-    done = run_tool(TOOL, *words, exit_status=2)
-    assert done.stderr.startswith("error: ") and message in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+def test_wrong_arguments_are_refused(run_main, words, message):
+    status, stdout, stderr = run_main(*words)
+    assert (status, stdout) == (2, "") and message in stderr

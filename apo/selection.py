@@ -1,0 +1,221 @@
+"""Rejection sampling: the responses of a prompt with their rewards, the best of them, pairs, a best-of-n report."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apo.cli import InputError, first_few
+from apo.records import SEPARATOR, load_preference_data, load_rewards, read_records
+from apo.statistics import expected_best, mean_and_interval
+
+logger = logging.getLogger(__name__)
+
+ADVICE = "give the file that train.py --task_type inference wrote for this data"
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPrompt:
+    """A prompt with all of its responses (keys in file order) and their rewards."""
+
+    record: dict[str, Any]
+    query_id: str
+    query: str
+    responses: dict[str, str]  # response key -> text
+    rewards: dict[str, float]  # response key -> reward
+
+    @property
+    def candidates(self) -> list[str]:
+        """The keys of the responses that are not empty, best first; among equal rewards in file order."""
+        keys = (key for key, text in self.responses.items() if text.strip())
+        return sorted(keys, key=self.rewards.__getitem__, reverse=True)
+
+    @property
+    def trainable(self) -> list[str]:
+        """The candidates that training data can hold: those without `<sep>`, which ends the prompt there."""
+        is_valid = SEPARATOR not in self.query
+        return [key for key in self.candidates if is_valid and SEPARATOR not in self.responses[key]]
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def find_score_file(data_path: Path, score_path: Path | None, rm_scorer: str | None) -> Path:
+    """Returns the file of rewards: `score_path` itself, or the one in that folder that was written for the data.
+
+    Args:
+        data_path: the sampled responses; scoring them wrote `<stem of data_path>_pred_<suffix>_results.json`.
+        score_path: a file, a folder, or with `rm_scorer` None for the folder of the data.
+        rm_scorer: that suffix; None where a folder holds the rewards of one reward model only.
+
+    Raises:
+        InputError: no such file, or several.
+    """
+    if score_path is None and not rm_scorer:
+        raise InputError("found neither --score_path nor --rm_scorer, expected one of them; " + ADVICE)
+    folder = data_path.parent if score_path is None else score_path
+    if not folder.is_dir():
+        if rm_scorer:
+            logger.warning("--rm_scorer %s has no effect: --score_path %s is no folder", rm_scorer, score_path)
+        return folder
+    stem = data_path.name.split(".json")[0]  # as train.py names it
+    suffix = glob.escape(rm_scorer) if rm_scorer else "*"
+    matches = sorted(folder.glob(f"{glob.escape(stem)}_pred_{suffix}_results.json"))
+    if len(matches) != 1:
+        found = f"{len(matches)} ({first_few([path.name for path in matches])})" if matches else "none"
+        wanted = f"one {stem}_pred_{rm_scorer or '<suffix>'}_results.json"
+        raise InputError(f"{folder}: found {found}, expected {wanted}; name the suffix by --rm_scorer, or {ADVICE}")
+    return matches[0]
+
+
+def name_ids(ids: Iterable[str]) -> str:
+    """Counts different ids and shows the first few."""
+    different = [json.dumps(query_id, ensure_ascii=False) for query_id in dict.fromkeys(ids)]
+    return f"{len(different)} {'id' if len(different) == 1 else 'ids'}: {first_few(different)}"
+
+
+def load_scored_prompts(data_path: Path, score_path: Path) -> list[ScoredPrompt]:
+    """Reads responses and their rewards.
+
+    Raises:
+        InputError: a file cannot be read, or the two files do not belong together: responses without a reward, or
+            rewards without a response.
+    """
+    parsed = load_preference_data(data_path, "reject_sample")
+    rewards = load_rewards(score_path)
+    names = {(p.query_id, key): f"{p.query_id}:{key}" for p in parsed for key in p.response_keys}
+    check_same_responses(data_path, score_path, names, rewards)
+    return [
+        ScoredPrompt(
+            record=record,
+            query_id=p.query_id,
+            query=p.prompts[0],
+            responses=dict(zip(p.response_keys, p.responses, strict=True)),
+            rewards={key: rewards[names[p.query_id, key]] for key in p.response_keys},
+        )
+        for p, (_, record) in zip(parsed, read_records(data_path), strict=True)
+    ]
+
+
+def check_same_responses(
+    data_path: Path, score_path: Path, names: dict[tuple[str, str], str], rewards: dict[str, float]
+) -> None:
+    """Refuses rewards that are not those of the data, and shows the ids.
+
+    Args:
+        data_path: for the message.
+        score_path: for the message.
+        names: (query id, response key) -> "<query_id>:<response key>", of every response of the data.
+        rewards: "<query_id>:<response key>" -> reward. The id ends at the last ":".
+    """
+    missing = [query_id for (query_id, _), name in names.items() if name not in rewards]
+    foreign = [name.rpartition(":")[0] or name for name in rewards.keys() - set(names.values())]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of {len(names)} responses have no reward, those of {name_ids(missing)}")
+    if foreign:
+        ids = name_ids(sorted(foreign))
+        problems.append(f"{len(foreign)} of {len(rewards)} rewards have no response, those of {ids}")
+    if problems:
+        raise InputError(f"{score_path}: not the rewards of {data_path}: {'; '.join(problems)}; {ADVICE}")
+
+
+# ------------------------------------------------------------------------------------------------ choosing
+
+
+def with_target(prompt: ScoredPrompt) -> dict[str, Any]:
+    """Returns the record with its best response as "target" and all rewards as "scores", as the reference does."""
+    return {**prompt.record, "target": prompt.responses[prompt.candidates[0]], "scores": prompt.rewards}
+
+
+def to_pairs(prompts: list[ScoredPrompt], skipped: Counter[str]) -> list[dict[str, str]]:
+    """Returns one best-over-worst pair per prompt, for DPO.
+
+    Args:
+        prompts: see `ScoredPrompt`.
+        skipped: reason (a key of the report) -> prompts without a pair; added to.
+    """
+    pairs = []
+    for prompt in prompts:
+        keys = prompt.trainable
+        if len(keys) < 2:
+            skipped["fewer than two answers"] += 1
+            continue
+        best, worst = keys[0], keys[-1]
+        chosen, rejected = prompt.responses[best], prompt.responses[worst]
+        if prompt.rewards[best] == prompt.rewards[worst]:
+            skipped["equal rewards"] += 1
+        elif chosen.strip() == rejected.strip():
+            skipped["equal answers"] += 1
+        else:
+            texts = {"chosen": chosen, "rejected": rejected}
+            pairs.append({"prompt": prompt.query, **texts, "query_id": prompt.query_id})
+    return pairs
+
+
+def to_text_scores(prompts: list[ScoredPrompt]) -> list[dict[str, Any]]:
+    """Returns one text-scores record per prompt, its trainable responses in file order with rewards, for RRHF."""
+    records = []
+    for prompt in prompts:
+        trainable = set(prompt.trainable)
+        keys = [key for key in prompt.responses if key in trainable]
+        if len(keys) >= 2:
+            text = [prompt.query + SEPARATOR + prompt.responses[key] for key in keys]
+            scores = [prompt.rewards[key] for key in keys]
+            records.append({"text": text, "scores": scores, "query_id": prompt.query_id})
+    return records
+
+
+# ------------------------------------------------------------------------------------------------ reporting
+
+
+def best_of_n(prompts: list[ScoredPrompt]) -> list[dict[str, Any]]:
+    """Averages `expected_best` over prompts, for each n.
+
+    Returns:
+        a row for each n: "n", "mean" and "interval_95" of the expected best reward, "gain" (mean over the same prompts
+        of expected best of n minus best of one), and "prompts", those with n responses or more. Where that number
+        falls with n, the means of two rows are not of the same prompts; the gains still compare like with like.
+    """
+    curves = [expected_best(prompt.rewards[key] for key in prompt.candidates) for prompt in prompts]
+    rows = []
+    for n in range(1, max(map(len, curves)) + 1):
+        values = np.array([[curve[n - 1], curve[0]] for curve in curves if len(curve) >= n])
+        gain = float((values[:, 0] - values[:, 1]).mean())
+        rows.append({"n": n, **mean_and_interval(values[:, 0]), "gain": gain, "prompts": len(values)})
+    return rows
+
+
+def measure_lengths(texts: list[str]) -> dict[str, float]:
+    """Returns the mean and median number of characters; empty for no texts."""
+    sizes = [len(text) for text in texts]
+    return {"mean": float(np.mean(sizes)), "median": float(np.median(sizes))} if sizes else {}
+
+
+def make_report(prompts: list[ScoredPrompt], pairs: list[dict[str, str]]) -> dict[str, Any]:
+    """Describes the selection in numbers.
+
+    Args:
+        prompts: those with a best response.
+        pairs: best over worst, see `to_pairs`.
+
+    Returns:
+        "prompts"; "best_of_n" (see there); "ties": the share of prompts whose best reward several responses have, of
+        which the first was taken; "pairs"; "length": characters of the chosen and the rejected responses.
+    """
+    ties = sum(p.rewards[keys[0]] == p.rewards[keys[1]] for p in prompts if len(keys := p.candidates) > 1)
+    return {
+        "prompts": len(prompts),
+        "best_of_n": best_of_n(prompts),
+        "ties": ties / len(prompts),
+        "pairs": len(pairs),
+        "length": {side: measure_lengths([pair[side] for pair in pairs]) for side in ("chosen", "rejected")},
+    }
