@@ -285,15 +285,14 @@ def make_report(checks: list[FileCheck], settings: dict[str, Any] | None) -> dic
     return {**report, "unmatched_ids": unmatched, "overlap": overlap}
 
 
-def format_finding(name: str, count: int, first: list[str]) -> list[str]:
-    """Returns a line with the count, and a line for each of the first few."""
-    more = [f"... and {count - NUM_SHOWN} more"] * (count > NUM_SHOWN)
-    return [f"  FOUND {count} {FINDINGS[name]} ({name})", *(f"        {line}" for line in first + more)]
-
-
 def format_findings(findings: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns the lines of all findings, in the order of `FINDINGS`."""
-    return [line for name in FINDINGS if name in findings for line in format_finding(name, **findings[name])]
+    """Returns for each finding, in the order of `FINDINGS`, its count and its examples, one line each."""
+    lines = []
+    for name in filter(findings.__contains__, FINDINGS):
+        count, first = findings[name]["count"], findings[name]["first"]
+        more = [f"... and {count - NUM_SHOWN} more"] * (count > NUM_SHOWN)
+        lines += [f"  FOUND {count} {FINDINGS[name]} ({name})", *(f"        {line}" for line in first + more)]
+    return lines
 
 
 def format_value(value: Any) -> str:
@@ -319,7 +318,7 @@ def format_overlap(row: dict[str, Any]) -> list[str]:
     files = " and ".join(f"{name} (of {count})" for name, count in zip(row["files"], row["of"], strict=True))
     if not row["is_finding"]:
         return [f"  {row['prompts']} prompts shared by {files}"]
-    return format_finding("overlap", row["prompts"], [files, *row["first"]])
+    return format_findings({"overlap": {"count": row["prompts"], "first": [files, *row["first"]]}})
 
 
 def format_report(report: dict[str, Any]) -> str:
