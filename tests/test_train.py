@@ -294,4 +294,4 @@ def test_files_whose_scores_would_go_to_one_file_are_refused(refused, tmp_path):
         eval_data_path=files,
         output_dir=tmp_path / "out",
     )
-    assert "v_pred_reward_model_results.json; score them apart" in error
+    assert "v_pred_reward_model_results.json; score them separately" in error

@@ -273,9 +273,10 @@ def train_with(tmp_path, batch_size: int, accumulation: int, **flags):
 @pytest.mark.parametrize("task", [{"task_type": "training"}, {"task_type": "apo", "apo_loss_coeff": 0.1}])
 def test_one_item_accumulated_eight_times_equals_eight_items_at_once(tmp_path, task):
     """Every item has one pair, so the mean over the pairs of 8 items is the mean of 8 items' means, for APO too: its
-    terms are divided by the number of pairs of both kinds."""
-    one, model = train_with(tmp_path, 1, 8, **task)
-    other, other_model = train_with(tmp_path, 8, 1, **task)
+    terms are divided by the number of pairs of both kinds. SGD, because AdamW turns the rounding of a gradient near 0
+    into a step."""
+    one, model = train_with(tmp_path, 1, 8, optim="sgd", **task)
+    other, other_model = train_with(tmp_path, 8, 1, optim="sgd", **task)
     losses = [[log["loss"] for log in t.state.log_history if "loss" in log] for t in (one, other)]
     assert len(losses[0]) == 2
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
