@@ -155,18 +155,19 @@ class RewardTrainingArguments(TrainingArguments):
             )
         self.eval_on_start = self.eval_on_start or self.eval_at_start
         if self.ddp_find_unused_parameters is None:
-            self.ddp_find_unused_parameters = (
-                False  # every step uses every weight; a search for unused ones takes time
-            )
+            self.ddp_find_unused_parameters = False  # every step uses every weight; a search takes time
 
     def _check_loss(self) -> None:
-        for name in ("apo_loss_coeff", "rm_kl_coeff", "lm_loss_coeff"):
-            if getattr(self, name) < 0:
-                raise InputError(f"--{name} {getattr(self, name)}: expected 0 or more")
-        if self.apo_sample_num < 1:
-            raise InputError(f"--apo_sample_num {self.apo_sample_num}: expected 1 or more")
-        if self.eval_token_budget is not None and self.eval_token_budget < 1:
-            raise InputError(f"--eval_token_budget {self.eval_token_budget}: expected 1 or more")
+        least = {
+            "apo_loss_coeff": 0,
+            "rm_kl_coeff": 0,
+            "lm_loss_coeff": 0,
+            "apo_sample_num": 1,
+            "eval_token_budget": 1,
+        }
+        for name, value in ((name, getattr(self, name)) for name in least):
+            if value is not None and not value >= least[name]:
+                raise InputError(f"--{name} {value}: expected {least[name]} or more")
         if min(self.calibration_bins) < 1:
             raise InputError(f"--calibration_bins {self.calibration_bins}: expected numbers of 1 or more")
         if self.task_type == "apo" and self.apo_loss_coeff == 0:
@@ -268,10 +269,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArguments, RewardTrainingArguments]:
-    """Builds the three groups of arguments; under DeepSpeed, and under torchrun, joins the other processes.
-
-    Args:
-        flags: of `parse_flags`.
+    """Builds the three groups of arguments from parsed flags; under DeepSpeed and torchrun, joins the other processes.
 
     Raises:
         InputError: flags that contradict each other or the machine.
@@ -312,12 +310,11 @@ def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None
         raise InputError("--do_train True without training data; give --train_data_path")
     if not args.do_train and not data_args.eval_data_path:
         raise InputError("nothing to do: give --do_train True with --train_data_path, or --eval_data_path")
-    if args.eval_strategy != "no" and not data_args.eval_data_path:
-        raise InputError(f"--eval_strategy {args.eval_strategy.value} without --eval_data_path")
-    if args.eval_on_start and not data_args.eval_data_path:
-        raise InputError("--eval_at_start True without --eval_data_path")
-    if args.metric_for_best_model and not data_args.eval_data_path:
-        raise InputError(f"--metric_for_best_model {args.metric_for_best_model} without --eval_data_path")
+    needs_data = {"eval_at_start": args.eval_on_start, "metric_for_best_model": args.metric_for_best_model}
+    needs_data |= {"eval_strategy": args.eval_strategy != "no" and args.eval_strategy.value}
+    for name, value in needs_data.items():
+        if value and not data_args.eval_data_path:
+            raise InputError(f"--{name} {value} without --eval_data_path")
     if args.do_train:
         check_output_dir(args)
 

@@ -44,9 +44,6 @@ TREE_ATTENTIONS = ("tree_branches", "tree_flex", "tree_mask")
 MAX_PADDING = 1.5  # of a group of branches; below it, padding is cheaper than another call
 
 
-# ------------------------------------------------------------------------------------------------ the tree
-
-
 def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
     """Number of tokens that two sequences have in common from their start."""
     length = min(len(first), len(second))
@@ -64,8 +61,7 @@ def build_token_tree(sequences: list[list[int]]) -> dict[str, Tensor]:
     Returns:
         `input_ids`, `position_ids` (1, S); `subtree_ends` (S,), the row index after the last descendant of a token;
         `paths` (N, T), the row indices of each sequence, in the order given, right-padded with 0, and their
-        `attention_mask` (N, T); `branches` (N, 3), in row order: the sequence,
-        its length, and how many tokens it adds to the row.
+        `attention_mask` (N, T); `branches` (N, 3), in row order: the sequence, its length, and the tokens that it adds.
     """
     arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
     total = sum(map(len, arrays))
@@ -94,8 +90,6 @@ def build_token_tree(sequences: list[list[int]]) -> dict[str, Tensor]:
         "branches": torch.tensor(branches),
     }
 
-
-# ------------------------------------------------------------------------------------------------ attention
 
 Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -277,9 +271,6 @@ def _prepare_mask(tree: dict[str, Tensor]) -> Attend:
 def compiled_flex_attention() -> Callable[..., Tensor]:
     """Flex attention, compiled once for rows of any length."""
     return torch.compile(flex_attention, dynamic=True)
-
-
-# ------------------------------------------------------------------------------------------------ choice
 
 
 def choose_attention(config: LlamaConfig, batching: str, device: torch.device, dtype: torch.dtype) -> str:
