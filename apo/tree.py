@@ -61,7 +61,7 @@ def build_token_tree(sequences: list[list[int]]) -> dict[str, Tensor]:
     Returns:
         `input_ids`, `position_ids` (1, S); `subtree_ends` (S,), the row index after the last descendant of a token;
         `paths` (N, T), the row indices of each sequence, in the order given, right-padded with 0, and their
-        `attention_mask` (N, T); `branches` (N, 3), in row order: the sequence, its length, and the tokens that it adds.
+        `attention_mask` (N, T); `branches` (N, 3), in row order: the sequence, its length, the tokens that it adds.
     """
     arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
     total = sum(map(len, arrays))
