@@ -70,7 +70,7 @@ def test_flag_that_the_reference_never_reads_is_accepted_with_a_warning(flag, ca
     assert f"--{flag} has no effect" in warnings[0]
 
 
-def test_remove_unused_columns_true_is_said_to_have_no_effect(caplog):
+def test_remove_unused_columns_true_is_a_warning(caplog):
     assert not parse(**NEEDED, remove_unused_columns=True)[2].remove_unused_columns
     assert "--remove_unused_columns has no effect" in caplog.text
 
@@ -119,13 +119,13 @@ def test_wrong_flag_is_refused_in_one_line(flags, message):
     assert "\n" not in str(error.value)
 
 
-def test_word_without_a_flag_is_refused():
+def test_value_without_a_flag_is_refused():
     with pytest.raises(InputError, match='"stray" belongs to no flag'):
         parse(**NEEDED, fp16=["false", "stray"])
 
 
 def test_abbreviated_flag_is_refused():
-    """argparse would otherwise take any unambiguous beginning of a flag for the flag."""
+    """argparse would otherwise accept any unambiguous prefix of a flag."""
     with pytest.raises(InputError, match="--pooling_typ; did you mean --pooling_type"):
         parse(**NEEDED, pooling_typ="last")
 

@@ -102,7 +102,7 @@ def test_batch_and_clipping_follow_the_command_line(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=ids)
-def test_zero3_config_saves_whole_weights(path):
+def test_zero3_config_saves_complete_weights(path):
     zero = read_json(path)["zero_optimization"]
     assert zero["stage"] == 2 or zero["stage3_gather_16bit_weights_on_model_save"] is True
 

@@ -211,7 +211,7 @@ def test_reference_command_trains_the_apo_rm_that_reloads_to_the_same_rewards(ba
 
 
 def apo_pair(golden: dict, sample: dict) -> dict:
-    """A golden answer over a sampled one, in the form of tools/apo_data_converter.py."""
+    """A golden response over a sampled one, in the form of tools/apo_data_converter.py."""
     query = sample["query"]
     text = [f"{query}<sep>{golden['golden']}", f"{query}<sep>{sample['sample_0']}"]
     return {"text": text, "scores": [1.0, 0.0], "query_id": sample["query_id"], "type": "apo"}

@@ -102,7 +102,7 @@ def test_lm_loss_of_a_head_that_knows_nothing_is_the_logarithm_of_the_vocabulary
     assert lm_losses.tolist() == pytest.approx([math.log(1024), 0.0])
 
 
-def test_lm_head_takes_no_part_unless_asked_for():
+def test_lm_head_is_used_only_with_the_lm_loss():
     model, _ = load_model(with_lm_head=True)
     without, _ = load_model()
     assert without.lm_head is None and "lm_head.weight" not in without.state_dict()
@@ -209,7 +209,7 @@ def test_broken_config_is_refused(tmp_path, content):
     assert "\n" not in str(error.value)
 
 
-def test_model_that_is_nowhere_is_refused(tmp_path):
+def test_missing_model_is_refused(tmp_path):
     with pytest.raises(InputError, match="no/where: no model there") as error:
         load_config("no/where")
     assert "\n" not in str(error.value)

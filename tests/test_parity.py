@@ -213,7 +213,7 @@ def test_rewards_of_llm_samples(scored_samples):
 
 
 def test_best_sample_of_each_query_is_the_recorded_one(scored_samples):
-    """Rejection sampling keeps the answer with the largest reward."""
+    """Rejection sampling keeps the response with the largest reward."""
     rewards = {key: value for row in scored_samples for key, value in row.items()}
     selected = []
     for record in read_json(E2E / "samples.json"):

@@ -124,7 +124,7 @@ def test_rows_of_several_batches_keep_the_order_of_the_file(tmp_path, tokenizer)
     assert rows["query_id"][:] == [str(i) for i in range(1200)]
 
 
-def test_left_over_of_a_killed_run_is_not_taken_for_the_cache(tmp_path, tokenizer):
+def test_partial_cache_of_a_killed_run_is_not_used(tmp_path, tokenizer):
     path = write_records(tmp_path / "a.json", PAIRS)
     first = load(path, tokenizer, cache_dir=str(tmp_path))[:]
     [cached] = (tmp_path / "preference_data").glob("*.arrow")
@@ -135,15 +135,15 @@ def test_left_over_of_a_killed_run_is_not_taken_for_the_cache(tmp_path, tokenize
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6).map(lambda ids: [1, *ids]), min_size=1, max_size=5))
-def test_length_counts_tokens_that_sequences_begin_with_together_once(sequences):
-    """A prefix tree has one token for each different beginning of its sequences."""
-    beginnings = {tuple(ids[:n]) for ids in sequences for n in range(1, len(ids) + 1)}
+def test_length_counts_shared_prefixes_once(sequences):
+    """A prefix tree has one token for each different prefix of its sequences."""
+    prefixes = {tuple(ids[:n]) for ids in sequences for n in range(1, len(ids) + 1)}
     lengths = [len(ids) for ids in sequences]
-    expected = {"length": len(beginnings), "num_tokens": sum(lengths), "longest": max(lengths)}
+    expected = {"length": len(prefixes), "num_tokens": sum(lengths), "longest": max(lengths)}
     assert _count_tokens(sequences) == expected
 
 
-def test_rows_count_the_tokens_that_are_left_by_truncation(tokenizer, monkeypatch):
+def test_rows_count_tokens_after_truncation(tokenizer, monkeypatch):
     """Prompt 3 tokens, responses 2 and 4: bos p p p sep r r eos (8) and bos p p p sep s s s s eos (10), 5 shared.
 
     Cut to 9 on the left the second has lost its bos, so that they share nothing: 8 + 9.
@@ -199,7 +199,7 @@ def test_repeated_prompts_are_encoded_once(tokenizer, monkeypatch):
         (["x/a.json", "x/./a.json", "x/a.json"], ["a.json"]),
     ],
 )
-def test_evaluation_sets_of_the_same_name_are_told_apart(paths, names):
+def test_evaluation_sets_of_the_same_name_get_their_folders(paths, names):
     named = name_datasets(paths)
     assert list(named) == names
     assert len(set(named.values())) == len(names)
@@ -268,7 +268,7 @@ def test_collating_loses_and_adds_no_token(items):
     assert len(batch["input_ids"]) == (batch["scores"] >= 0).sum()
 
 
-def test_scores_that_float32_cannot_tell_apart_form_no_counted_pair(tokenizer, tmp_path):
+def test_scores_that_are_equal_in_float32_form_no_pair(tokenizer, tmp_path):
     """[1, 1 - 1e-9, 0]: of the three pairs the loss sees the two with 0."""
     record = {"text": ["a<sep>b", "a<sep>c", "a<sep>d"], "scores": [1.0, 1 - 1e-9, 0.0]}
     path = write_records(tmp_path / "a.json", [record])

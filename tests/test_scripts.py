@@ -162,7 +162,7 @@ def test_wrong_environment_is_refused_at_once(repo, script, environment, named):
 
 
 def test_setup_takes_a_python_that_works_and_installs_once(repo):
-    """A python3.11 that exists and fails, as pyenv's do, is passed over."""
+    """A python3.11 that exists and fails, as pyenv's do, is skipped."""
     write_program(repo / "bin" / "python3.11", FAILS)
     write_program(repo / "bin" / "python3.13", MAKES_VENV)
     log = repo / "log"
@@ -216,7 +216,7 @@ def test_every_package_has_one_version_on_every_python():
 
 
 @pytest.mark.slow
-def test_quickstart_shows_what_the_method_is_for():
+def test_quickstart_improves_golden_over_sampled_accuracy():
     """On held-out prompts the APO RM puts golden over sampled at least 10 points more often; on human pairs it loses
     at most 2. A newcomer sees no message of a library, and what to do next."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_DATASETS_CACHE"}

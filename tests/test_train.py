@@ -179,7 +179,7 @@ def test_both_sets_are_evaluated_before_and_during_training(apo_run):
         assert steps[:4] == [0, 2, 4, 6]
 
 
-def test_best_checkpoint_is_the_one_left_at_the_end(apo_run):
+def test_best_checkpoint_is_loaded_at_the_end(apo_run):
     state = read_json(apo_run / "trainer_state.json")
     key = "eval_b/test.json_accuracy"
     accuracies = {log["step"]: log[key] for log in state["log_history"][:-2] if key in log and log["step"] > 0}
@@ -241,7 +241,7 @@ def test_scores_are_written_once_and_in_order(tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_run_ends_as_an_undisturbed_one(tmp_path):
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
     """Killed at its first checkpoint, in the middle of an epoch; the weights are the same bit by bit."""
     flags = training(tmp_path, eval_data_path=E2E / "eval_b.json", save_strategy="steps", save_steps=10, max_steps=40)
     flags |= {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "max_length": 64, "logging_steps": 5}

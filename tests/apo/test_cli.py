@@ -9,7 +9,7 @@ from conftest import read_json
 from apo.cli import InputError, OneLineParser, at_least, describe_counts, exit_on_input_error, write_json
 
 
-def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_json_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "deep" / "a.json"
     write_json(path, {"a": "é"})
     monkeypatch.setattr(Path, "write_text", lambda self, text, **_: (_ for _ in ()).throw(OSError("disk full")))
@@ -21,7 +21,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "text"), [("file/a.json", "b"), ("folder", "b"), ("a.json", "\ud83d")], ids=["below", "folder", "text"]
 )
-def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, name, text):
+def test_failed_write_is_one_line_and_leaves_no_file(tmp_path, name, text):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=rf"{name}: cannot be written \(.*\); give another place, or fix the text$"):
@@ -46,7 +46,7 @@ def test_flags_that_are_refused_are_one_line(argv, message):
         parser.parse_args(argv)
 
 
-def test_counts_are_put_into_words():
+def test_counts_are_described():
     assert describe_counts(Counter(b=2, a=1, c=0), "responses") == "3 responses (1 a, 2 b)"
     assert describe_counts(Counter(), "pairs") == "0 pairs"
 

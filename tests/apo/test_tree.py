@@ -12,7 +12,7 @@ from apo.tree import TREE_ATTENTIONS, build_token_tree, choose_attention
 from models import POOLING_TYPES, RewardModel, RewardSettings
 from reward_datasets import RewardDataCollator
 
-TOKENS = st.integers(5, 12)  # few, so that beginnings coincide
+TOKENS = st.integers(5, 12)  # few, so that prefixes coincide
 VOCAB_SIZE = 64
 MAX_LENGTH = 40
 
@@ -134,7 +134,7 @@ def assert_same(
 @given(BATCHES, st.sampled_from(["right", "left"]), st.booleans())
 @settings(max_examples=60, deadline=None)
 def test_tree_gives_the_rewards_and_gradients_of_padded_sequences(model, batch, padding_side, lm_loss):
-    """Over-long items too: cut at different places, their sequences begin differently."""
+    """Over-long items too: cut at different places, their sequences share no prefix."""
     assert_same(model, batch, "tree_branches", padding_side, lm_loss)
 
 
