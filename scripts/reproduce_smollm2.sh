@@ -34,33 +34,52 @@ model.save_pretrained("outputs/smollm2/SmolLM2-135M")
 END
 fi
 
-# ---- data: 40 of the 160 prompts with sampled responses are held out of all training
-python - "$HH_DATA_DIR" "$data" <<'END'
+# ---- sampled responses to the first 160 prompts, drawn here (10 minutes) unless HH_DATA_DIR has them
+mkdir -p $data
+samples=$HH_DATA_DIR/rm_data/hh_split_rm_smollm2_v0.sample.json
+if [[ ! -f $samples ]]; then
+    samples=$data/smollm2_sampling_prompts_v0_results.json
+    python - "$HH_DATA_DIR/rm_data/hh_split_rm.train.json" $data/prompts.json <<'END'
 import sys
-from pathlib import Path
 
 from apo.cli import write_json
 from apo.records import read_records
 
-source, target = map(Path, sys.argv[1:])
+write_json(sys.argv[2], [record for _, record in read_records(sys.argv[1])][:160])
+END
+    MODEL=outputs/smollm2/SmolLM2-135M LLM_NAME=smollm2 TEMPLATE=chat DATA_PATH=$data/prompts.json OUTPUT_DIR=$data \
+        bash scripts/sample_llm.sh --max_new_tokens 48
+fi
+
+# ---- data: the golden response is the preferred one; 40 of the 160 prompts are held out of all training
+python - "$HH_DATA_DIR" "$samples" "$data" <<'END'
+import sys
+from pathlib import Path
+
+from apo.cli import write_json
+from apo.records import SEPARATOR, read_records
+
+source, target = Path(sys.argv[1]), Path(sys.argv[3])
 human, samples, test = (
-    [record for _, record in read_records(str(source / name))]
-    for name in (
-        "rm_data/hh_split_rm.train.json",
-        "rm_data/hh_split_rm_smollm2_v0.sample.json",
-        "eval_data/hh_cleaned_origin.test.json",
+    [record for _, record in read_records(path)]
+    for path in (
+        source / "rm_data/hh_split_rm.train.json",
+        sys.argv[2],
+        source / "eval_data/hh_cleaned_origin.test.json",
     )
 )
+golden = [(record["query_id"], *record["text"][0].split(SEPARATOR)) for record in human]
 held_out = samples[120:160]
 held_out_ids = {str(record["query_id"]) for record in held_out}
-human = [record for record in human if str(record.get("query_id")) not in held_out_ids]
+human = [record for record in human if str(record["query_id"]) not in held_out_ids]
 parts = {"held_out.sample": held_out, "train.sample": samples[:80], "hh_rm_320": human[:320], "hh_test_300": test[:300]}
 assert [len(records) for records in parts.values()] == [40, 80, 320, 300], "too few records"
+parts["golden"] = [dict(zip(("query_id", "query", "golden"), row, strict=True)) for row in golden]
 for name, records in parts.items():
     write_json(target / f"{name}.json", records)
 END
 for part in train held_out; do
-    GOLDEN=$HH_DATA_DIR/rm_data/hh_split_rm.golden.json SAMPLES=$data/$part.sample.json \
+    GOLDEN=$data/golden.json SAMPLES=$data/$part.sample.json \
         APO_DATA=$data/rm_apo_${part}_text_scores.json bash scripts/convert_apo_data.sh
 done
 
