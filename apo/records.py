@@ -34,9 +34,6 @@ T = TypeVar("T")
 Parser = Callable[[dict[str, Any], str], T]  # (record, id to use if it has none) -> result; raises `BadField`
 
 
-# ------------------------------------------------------------------------------------------------ files
-
-
 def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """Reads a whole file; see `iter_records`."""
     return list(iter_records(path))
@@ -107,9 +104,6 @@ def _decode_json(path: Path, data: bytes, first_line: int = 1) -> Any:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
         problem = f"unreadable JSON ({error})"
     raise InputError(f"{path}: {problem}; expected a JSON list of records, or one record per line")
-
-
-# ------------------------------------------------------------------------------------------------ reading records
 
 
 @dataclasses.dataclass(slots=True)
@@ -202,9 +196,6 @@ def load_rewards(path: str | Path) -> dict[str, float]:
             raise InputError(f"{path}: {place}: {error}")
         rewards |= new
     return rewards
-
-
-# ------------------------------------------------------------------------------------------------ parsing records
 
 
 def record_kind(raw: dict[str, Any]) -> str:
@@ -313,9 +304,6 @@ def _render_dialogue(prompt: Any, dialogue: list[Any]) -> str:
         raise BadField("chosen/rejected", "no assistant message at the end", "one")
     context = "".join(roles[m["role"]] + m["content"] for m in messages[:-1])
     return f"{context}\n\nAssistant:{SEPARATOR} {messages[-1]['content']}"
-
-
-# ------------------------------------------------------------------------------------------------ checking fields
 
 
 def _require(raw: dict[str, Any], field: str, expected: str, expected_type: type = object) -> Any:

@@ -45,9 +45,6 @@ class ScoredPrompt:
         return [key for key in self.candidates if is_valid and SEPARATOR not in self.responses[key]]
 
 
-# ------------------------------------------------------------------------------------------------ loading
-
-
 def find_score_file(data_path: Path, score_path: Path | None, rm_scorer: str | None) -> Path:
     """Returns the file of rewards: `score_path` itself, or the one in that folder that was written for the data.
 
@@ -128,9 +125,6 @@ def check_same_responses(
         raise InputError(f"{score_path}: not the rewards of {data_path}: {'; '.join(problems)}; {ADVICE}")
 
 
-# ------------------------------------------------------------------------------------------------ choosing
-
-
 def with_target(prompt: ScoredPrompt) -> dict[str, Any]:
     """Returns the record with its best response as "target" and all rewards as "scores", as the reference does."""
     return {**prompt.record, "target": prompt.responses[prompt.candidates[0]], "scores": prompt.rewards}
@@ -172,9 +166,6 @@ def to_text_scores(prompts: list[ScoredPrompt]) -> list[dict[str, Any]]:
             scores = [prompt.rewards[key] for key in keys]
             records.append({"text": text, "scores": scores, "query_id": prompt.query_id})
     return records
-
-
-# ------------------------------------------------------------------------------------------------ reporting
 
 
 def best_of_n(prompts: list[ScoredPrompt]) -> list[dict[str, Any]]:

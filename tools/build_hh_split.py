@@ -67,9 +67,6 @@ class Pair(NamedTuple):
 Groups = dict[str, list[Pair]]  # prompt (white space normalised) -> its pairs
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
 def download(subsets: Iterable[str], split: str) -> list[Path]:
     """Downloads `<subset>/<split>.jsonl.gz` of each subset from the Hub, or finds it in the Hub's cache."""
     from huggingface_hub import hf_hub_download
@@ -88,9 +85,6 @@ def load_dialogues(paths: list[Path], sources: dict[str, Any]) -> Iterator[tuple
         dialogues = [pair for _, pair in iter_valid(path, parse_plain_pair)]
         sources[str(path)] = {"pairs": len(dialogues), "sha256": sha256_of_file(path)}
         yield from dialogues
-
-
-# ------------------------------------------------------------------------------------------------ cleaning
 
 
 def normalize_space(text: str) -> str:
@@ -154,9 +148,6 @@ def remove_prompts(groups: Groups, prompts: Iterable[str], dropped: Counter[str]
     return {prompt: pairs for prompt, pairs in groups.items() if prompt not in taken}
 
 
-# ------------------------------------------------------------------------------------------------ partitioning
-
-
 def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, list[Pair]]:
     """Draws prompts into parts of given sizes, and the rest.
 
@@ -191,9 +182,6 @@ def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, lis
     if empty := ", ".join(name for name, pairs in parts.items() if not pairs):
         raise InputError(f"found no prompt that fits {empty} ({flags}), whose pairs stay together; give other sizes")
     return parts
-
-
-# ------------------------------------------------------------------------------------------------ writing
 
 
 def to_record(pair: Pair) -> dict[str, Any]:
@@ -278,7 +266,6 @@ def main() -> None:
         subsets = args.subsets or PAPER_SUBSETS
         train_paths, test_paths = download(subsets, "train"), download(subsets, "test")
 
-    # ---- read and clean
     inputs: dict[str, dict[str, Any]] = {"train": {}, "test": {}}
     dropped: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
     test_groups = group_by_prompt(load_dialogues(test_paths, inputs["test"]), dropped["test"])
@@ -287,14 +274,12 @@ def main() -> None:
     if test_paths and not test_groups:
         raise InputError(f"no test pair is left after cleaning; dropped: {describe_counts(dropped['test'], 'pairs')}")
 
-    # ---- partition
     sizes = {"rm": args.rm_size, "valid": args.valid_size}
     if not test_paths:
         sizes["test"] = args.test_size
     parts = partition(train_groups, sizes, args.seed)
     parts.setdefault("test", [pair for pairs in test_groups.values() for pair in pairs])
 
-    # ---- write
     manifest = {"inputs": inputs, "dropped": dropped, "sizes": sizes, "seed": args.seed}
     outputs = write_split(args.output_dir, parts, manifest)
     for split, counts in dropped.items():

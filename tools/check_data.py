@@ -97,9 +97,6 @@ class FileCheck:
     tokens_run: Counter[str] = field(default_factory=Counter)  # way of batching -> tokens
 
 
-# ------------------------------------------------------------------------------------------------ texts
-
-
 def check_records(check: FileCheck, add_sep_token: bool) -> Iterator[tuple[str, PreferenceRecord]]:
     """Checks the texts of each good record, also after a bad one, and yields it with its place."""
     try:
@@ -151,9 +148,6 @@ def check_texts(check: FileCheck, place: str, record: PreferenceRecord) -> None:
         length, other = len(record.responses[i]), len(record.responses[j])
         check.counts["longer_preferred"] += length > other
         check.counts["shorter_preferred"] += length < other
-
-
-# ------------------------------------------------------------------------------------------------ tokens
 
 
 def tokenized_items(
@@ -213,9 +207,6 @@ def check_file(
     return check
 
 
-# ------------------------------------------------------------------------------------------------ across files
-
-
 def compare_ids(checks: list[FileCheck]) -> Findings:
     """Finds the ids without a golden or without a sampled response, if there are files of both kinds."""
     findings = Findings()
@@ -244,9 +235,6 @@ def compare_prompts(checks: list[FileCheck]) -> list[dict[str, Any]]:
             row["first"] = [f"{one.prompts[key]} and {other.prompts[key]}" for key in shared[:NUM_SHOWN]]
             rows.append({**row, "is_finding": one.role != other.role})
     return rows
-
-
-# ------------------------------------------------------------------------------------------------ reporting
 
 
 def summarize(check: FileCheck) -> dict[str, Any]:
@@ -333,9 +321,6 @@ def format_report(report: dict[str, Any]) -> str:
     blocks.append([f"settings: {format_value(settings)}" if settings else NOT_TOKENISED])
     blocks.append([f"findings in total: {report['num_findings']}"])
     return "\n\n".join("\n".join(block) for block in blocks)
-
-
-# ------------------------------------------------------------------------------------------------ command line
 
 
 def parse_bool(word: str) -> bool | str:
