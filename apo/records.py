@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apo.cli import BadField, InputError, describe, raise_bad_records
-from apo.prompts import Prompt
+from apo.prompts import ROLES, Prompt
 
 SEPARATOR = "<sep>"
 DATA_TYPES = ("comparison_pair", "reject_sample")  # values of --data_type; `parse_record` explains all kinds
@@ -80,18 +80,17 @@ def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
             is_list = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
             file.seek(0)
             if is_list:
-                for number, record in enumerate(_decode_json(path, file.read()), start=1):
-                    yield f"record {number}", record
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"line {number}", _decode_json(path, line, first_line=number)
+                records = enumerate(_decode_json(path, file.read()), start=1)
+                yield from ((f"record {number}", record) for number, record in records)
+            else:
+                lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+                yield from ((f"line {number}", _decode_json(path, line, number)) for number, line in lines)
     except (OSError, zlib.error, EOFError) as error:
         raise InputError(f"{path}: cannot be read{' as gzip' * is_gzip} ({error})") from error
 
 
 def _decode_json(path: Path, data: bytes, first_line: int = 1) -> Any:
-    """Decodes JSON; `first_line` is where `data` starts in its file, for the message."""
+    """Decodes JSON; `first_line` is the line of the file at which `data` starts, for the message."""
     try:
         text = data.decode("utf-8-sig")
         del data  # a large list is in memory as bytes, text and records, but not as all three at once
@@ -129,9 +128,7 @@ def iter_parsed(path: str | Path, parse: Parser[T]) -> Iterator[tuple[str, T | B
 
 
 def iter_valid(path: str | Path, parse: Parser[T], unique_ids: bool = False) -> Iterator[tuple[str, T]]:
-    """Yields (place, result) as `iter_parsed` does, until the first bad record.
-
-    With `unique_ids`, a result with the `query_id` of an earlier one is bad.
+    """Yields (place, result) until the first bad record; with `unique_ids`, a repeated `query_id` is bad.
 
     Raises:
         InputError: at the end of the file, one line that counts all bad records and shows the first five with place,
@@ -192,8 +189,7 @@ def load_rewards(path: str | Path) -> dict[str, float]:
     rewards: dict[str, float] = {}
     for place, new in iter_valid(path, lambda raw, _: {key: _check_number(key, raw[key]) for key in raw}):
         if repeated := rewards.keys() & new.keys():
-            error = BadField(min(repeated), "a second reward", "one per response")
-            raise InputError(f"{path}: {place}: {error}")
+            raise InputError(f"{path}: {place}: {BadField(min(repeated), 'a second reward', 'one per response')}")
         rewards |= new
     return rewards
 
@@ -208,9 +204,9 @@ def record_kind(raw: dict[str, Any]) -> str:
 def response_keys(raw: dict[str, Any], numbered_only: bool = False) -> list[str]:
     """Returns the fields of a query record that hold its responses.
 
-    By default these are all fields that start with `sample_` or `ans_` or contain `gpt4`, in the order of the record:
-    everything that can be scored. With `numbered_only` they are `sample_<number>` in numeric order, `sample_10` after
-    `sample_2`, and any other `sample_` field is an error: the reference pairs golden responses with exactly these.
+    By default these are all fields that can be scored: those that start with `sample_` or `ans_` or contain `gpt4`, in
+    the order of the record. With `numbered_only` they are `sample_<number>` in numeric order, and any other `sample_`
+    field is an error: the reference pairs golden responses with exactly these.
     """
     keys = [key for key in raw if key.startswith(("sample_", "ans_")) or "gpt4" in key]
     if numbered_only:
@@ -293,16 +289,16 @@ def _render_dialogue(prompt: Any, dialogue: list[Any]) -> str:
     """Renders messages in the Helpful&Harmless form: "\\n\\nHuman: ...\\n\\nAssistant:<sep> <last response>"."""
     if not isinstance(prompt, list):
         raise BadField("prompt", describe(prompt), "a list of messages, as in chosen and rejected")
-    roles = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: "}
+    names = {role: name for name, role in ROLES.items()}
     messages = prompt + dialogue
     for message in messages:
-        is_known = isinstance(message, dict) and message.get("role") in tuple(roles)
+        is_known = isinstance(message, dict) and message.get("role") in tuple(names)
         if not is_known or not isinstance(message.get("content"), str):
             expected = "a message with a role (user, assistant, system) and a content string"
             raise BadField("chosen/rejected", describe(message), expected)
     if not messages or messages[-1]["role"] != "assistant":
         raise BadField("chosen/rejected", "no assistant message at the end", "one")
-    context = "".join(roles[m["role"]] + m["content"] for m in messages[:-1])
+    context = "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in messages[:-1])
     return f"{context}\n\nAssistant:{SEPARATOR} {messages[-1]['content']}"
 
 
