@@ -221,7 +221,7 @@ def response_keys(raw: dict[str, Any], numbered_only: bool = False) -> list[str]
 
 
 def parse_record(raw: dict[str, Any], default_id: str, *, kind: str, add_sep_token: bool = False) -> PreferenceRecord:
-    """Validates one record (a JSON object).
+    """Validates one record (a JSON object); raises `BadField` for the first field that is wrong.
 
     Args:
         default_id: query id of a `comparison_pair` that has none.
@@ -229,9 +229,6 @@ def parse_record(raw: dict[str, Any], default_id: str, *, kind: str, add_sep_tok
             `golden` or `sampled` (responses to make pairs of, so that their query must not contain `<sep>`).
         add_sep_token: whether every text of a `comparison_pair` must hold one `<sep>`; without it a text that has none
             is one whole sequence.
-
-    Raises:
-        BadField: the first field that is wrong.
     """
     assert kind in (*DATA_TYPES, "golden", "sampled"), kind
     if kind == "comparison_pair":

@@ -134,8 +134,7 @@ def to_text_scores(prompts: list[ScoredPrompt]) -> list[dict[str, Any]]:
     """Returns one text-scores record per prompt, its trainable responses in file order with rewards, for RRHF."""
     records = []
     for prompt in prompts:
-        trainable = set(prompt.trainable)
-        keys = [key for key in prompt.responses if key in trainable]
+        keys = sorted(prompt.trainable, key=list(prompt.responses).index)
         if len(keys) >= 2:
             text = [prompt.query + SEPARATOR + prompt.responses[key] for key in keys]
             scores = [prompt.rewards[key] for key in keys]
