@@ -384,7 +384,10 @@ def test_report_and_figure_are_written_and_a_broken_file_does_not_stop_the_other
     [
         ([], "nothing to check"),
         (["--eval_data_path", "none.json"], "none.json: no such file"),
-        (["--eval_data_path", __file__, "--max_length", 7], "--max_length 7: expected at least 8"),
+        (
+            ["--eval_data_path", __file__, "--max_length", 7],
+            "--max_length: found 7, expected a whole number of at least 8",
+        ),
         (["--eval_data_path", __file__, "--add_sep_token", "maybe"], "invalid choice: 'maybe'"),
     ],
 )
