@@ -125,8 +125,7 @@ def to_pairs(prompts: list[ScoredPrompt], skipped: Counter[str]) -> list[dict[st
         elif chosen.strip() == rejected.strip():
             skipped["equal answers"] += 1
         else:
-            texts = {"prompt": prompt.query, "chosen": chosen, "rejected": rejected}
-            pairs.append({**texts, "query_id": prompt.query_id})
+            pairs.append({"prompt": prompt.query, "chosen": chosen, "rejected": rejected, "query_id": prompt.query_id})
     return pairs
 
 

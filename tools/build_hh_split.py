@@ -110,12 +110,6 @@ def find_fault(prompt: str, other_prompt: str, chosen: str, rejected: str) -> st
     return f"{SEPARATOR} in the text" if any(SEPARATOR in text for text in (prompt, chosen, rejected)) else ""
 
 
-def make_query_id(prompt: str, chosen: str, rejected: str) -> str:
-    """Returns the first 64 bits of a hash of the three texts, white space normalised, in hexadecimal."""
-    content = "\n".join(normalize_space(text) for text in (prompt, chosen, rejected))
-    return "hh_" + hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
 def group_by_prompt(dialogues: Iterable[tuple[str, str]], dropped: Counter[str]) -> Groups:
     """Returns the pairs of each prompt, both in file order; counts those left out in `dropped`, by reason."""
     groups: Groups = {}
@@ -124,7 +118,8 @@ def group_by_prompt(dialogues: Iterable[tuple[str, str]], dropped: Counter[str])
         prompt, chosen = split_dialogue(chosen_dialogue)
         other_prompt, rejected = split_dialogue(rejected_dialogue)
         reason = find_fault(prompt, other_prompt, chosen, rejected)
-        query_id = make_query_id(prompt, chosen, rejected)
+        content = "\n".join(map(normalize_space, (prompt, chosen, rejected)))
+        query_id = "hh_" + hashlib.sha256(content.encode()).hexdigest()[:16]  # 64 bits
         if reason or query_id in seen:
             dropped[reason or "duplicate"] += 1
             continue

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 # What the report calls each kind of `record_kind`.
 KINDS = {"comparison_pair": "pairs", "reject_sample": "samples", "golden": "golden"}
 FINDINGS = {
-    "unreadable": "the file cannot be read to its end, or holds something that is no record",
+    "unreadable": "the file cannot be read to its end, or holds something that is not a record",
     "bad_records": "bad records",
     "duplicates": "records with the prompt and the responses of an earlier one",
     "duplicate_ids": "records with the query id of an earlier one",
@@ -169,9 +169,9 @@ def tokenized_items(
             check.counts["truncated_responses"] += len(sequence) < whole
             if prompt and settings["truncation_side"] == "left" and len(sequence) <= after_prompt:
                 check.findings.add("prompts_cut_away", f"{place}: response {number} ({len(response)} tokens)")
-        for i, j in pairs_of(record) if check.kind == "pairs" else ():
-            is_same_text = (record.prompts[i], record.responses[i]) == (record.prompts[j], record.responses[j])
-            if sequences[i] == sequences[j] and not is_same_text:
+        texts = list(zip(record.prompts, record.responses, strict=True))
+        for i, j in pairs_of(record):
+            if sequences[i] == sequences[j] and texts[i] != texts[j]:
                 check.findings.add("identical_after_truncation", f"{place}: responses {i + 1} and {j + 1}")
         yield {"input_ids": sequences, "scores": record.scores, "is_apo": record.is_apo}
 
@@ -236,8 +236,8 @@ def summarize(check: FileCheck) -> dict[str, Any]:
         result["share_of_tied_items"] = counts["tied_items"] / counts["records"]
     if num_pairs := counts["longer_preferred"] + counts["shorter_preferred"]:
         share = counts["longer_preferred"] / num_pairs
-        interval = wilson_interval(share, num_pairs)
-        result["longer_preferred"] = {"share": share, "interval_95": list(interval), "pairs": num_pairs}
+        interval = list(wilson_interval(share, num_pairs))
+        result["longer_preferred"] = {"share": share, "interval_95": interval, "pairs": num_pairs}
     if run := dict(check.tokens_run):
         result["truncated_responses"] = counts["truncated_responses"]
         points = {name: np.percentile(values, list(QUANTILES.values())) for name, values in check.lengths.items()}
@@ -319,8 +319,7 @@ def parse_args() -> argparse.Namespace:
     add("--eval_data_path", nargs="+", default=[], help="files for evaluation, of any kind")
     add("--model_name_or_path", help="model whose tokenizer counts; without it nothing is tokenised")
     add("--max_length", type=at_least(8), help="longest sequence in tokens (default: the checkpoint's, or 256)")
-    side_help = "side that is cut off (default: the checkpoint's, or left)"
-    add("--truncation_side", choices=("left", "right"), help=side_help)
+    add("--truncation_side", choices=("left", "right"), help="side that is cut (default: the checkpoint's, or left)")
     sep_help = "separator between prompt and response (default: as the checkpoint, or false)"
     add("--add_sep_token", nargs="?", const=True, type=parse_bool, choices=(True, False), help=sep_help)
     add("--batch_size", type=at_least(1), default=8, help="items of a batch whose tokens are counted (default: 8)")
