@@ -326,7 +326,7 @@ def _check_unicode(field: str, value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadField(field, f"half a surrogate pair at character {error.start + 1}", "valid Unicode") from error
+        raise BadField(field, f"an unpaired surrogate at character {error.start + 1}", "valid Unicode") from error
     return value
 
 

@@ -58,7 +58,7 @@ def find_score_file(data_path: Path, score_path: Path | None, rm_scorer: str | N
     folder = data_path.parent if score_path is None else score_path
     if not folder.is_dir():
         if rm_scorer:
-            logger.warning("--rm_scorer %s has no effect: --score_path %s is no folder", rm_scorer, score_path)
+            logger.warning("--rm_scorer %s has no effect: --score_path %s is not a folder", rm_scorer, score_path)
         return folder
     stem = data_path.name.split(".json")[0]  # as train.py names it
     suffix = glob.escape(rm_scorer) if rm_scorer else "*"

@@ -20,6 +20,7 @@ from reward_datasets import (
     batch_by_tokens,
     build_sequence,
     load_preference_dataset,
+    merge_training_data,
     name_datasets,
     normalize_scores,
     preferred_pairs,
@@ -122,6 +123,25 @@ def test_rows_of_several_batches_keep_the_order_of_the_file(tmp_path, tokenizer)
     path = write_records(tmp_path / "a.json", [pair(f"Question {i % 7}?", query_id=i) for i in range(1200)])
     rows = load(path, tokenizer, cache_dir=str(tmp_path))
     assert rows["query_id"][:] == [str(i) for i in range(1200)]
+
+
+def test_training_files_are_concatenated_in_order(tmp_path, tokenizer):
+    paths = [write_records(tmp_path / name, records) for name, records in (("a.json", PAIRS[:1]), ("b.json", PAIRS))]
+    merged = merge_training_data({str(path): load(path, tokenizer, cache_dir=str(tmp_path)) for path in paths})
+    assert merged["query_id"][:] == ["q0", "q0", "q1", "q2"]
+
+
+def test_training_file_of_equal_scores_is_refused(tmp_path, tokenizer):
+    """A file with at least one preferred response is accepted."""
+    paths = [tmp_path / "mixed.json", tmp_path / "equal.json"]
+    write_records(paths[0], [pair(), pair() | {"scores": [1, 1]}])
+    write_records(paths[1], [pair() | {"scores": [1, 1]}] * 2)
+    parts = {str(path): load(path, tokenizer, cache_dir=str(tmp_path)) for path in paths}
+    message = f'^{paths[1]}: field "scores": found equal scores within each of the 2 records, expected at least one'
+    with pytest.raises(InputError, match=message):
+        merge_training_data(parts)
+    del parts[str(paths[1])]
+    assert len(merge_training_data(parts)) == 2
 
 
 def test_left_over_of_a_killed_run_is_not_taken_for_the_cache(tmp_path, tokenizer):

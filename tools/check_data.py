@@ -77,7 +77,7 @@ class Findings(dict[str, dict[str, Any]]):
         finding = self.setdefault(name, {"count": 0, "first": []})
         finding["count"] += 1
         if len(finding["first"]) < NUM_SHOWN:
-            finding["first"].append(example.encode(errors="replace").decode())  # without lone surrogates
+            finding["first"].append(example.encode(errors="replace").decode())  # no unpaired surrogate
 
 
 @dataclass

@@ -322,7 +322,7 @@ def test_overlap_by_hand(tmp_path):
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def test_half_a_surrogate_pair_is_a_finding(tmp_path, run_main):
+def test_unpaired_surrogate_is_a_finding(tmp_path, run_main):
     """As a value and as the name of a field."""
     path, half = tmp_path / "a.json", "\\ud83d"  # which no file can hold
     path.write_text(f'[{{"text": "{half}", "scores": [1, 0]}}, {{"{half}": 1}}]')
