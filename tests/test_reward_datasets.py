@@ -119,12 +119,6 @@ def test_bad_records_stop_the_load_through_the_cache_too(tmp_path, tokenizer):
     assert {file.suffix for file in (tmp_path / "preference_data").iterdir()} <= {".lock"}
 
 
-def test_rows_of_several_batches_keep_the_order_of_the_file(tmp_path, tokenizer):
-    path = write_records(tmp_path / "a.json", [pair(f"Question {i % 7}?", query_id=i) for i in range(1200)])
-    rows = load(path, tokenizer, cache_dir=str(tmp_path))
-    assert rows["query_id"][:] == [str(i) for i in range(1200)]
-
-
 def test_training_files_are_concatenated_in_order(tmp_path, tokenizer):
     paths = [write_records(tmp_path / name, records) for name, records in (("a.json", PAIRS[:1]), ("b.json", PAIRS))]
     merged = merge_training_data({str(path): load(path, tokenizer, cache_dir=str(tmp_path)) for path in paths})
@@ -142,6 +136,12 @@ def test_training_file_of_equal_scores_is_refused(tmp_path, tokenizer):
         merge_training_data(parts)
     del parts[str(paths[1])]
     assert len(merge_training_data(parts)) == 2
+
+
+def test_rows_of_several_batches_keep_the_order_of_the_file(tmp_path, tokenizer):
+    path = write_records(tmp_path / "a.json", [pair(f"Question {i % 7}?", query_id=i) for i in range(1200)])
+    rows = load(path, tokenizer, cache_dir=str(tmp_path))
+    assert rows["query_id"][:] == [str(i) for i in range(1200)]
 
 
 def test_left_over_of_a_killed_run_is_not_taken_for_the_cache(tmp_path, tokenizer):
