@@ -115,3 +115,8 @@ def format_response(text: str, stop_strings: tuple[str, ...]) -> str:
         text = text.split(stop_string, maxsplit=1)[0]
     text = text.encode(errors="replace").decode().strip()
     return f" {text}" if text else ""
+
+
+def normalize_space(text: str) -> str:
+    """Returns a text with single spaces; texts that differ in white space only become equal."""
+    return " ".join(text.split())

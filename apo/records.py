@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from apo.cli import BadField, InputError, describe, raise_bad_records
-from apo.prompts import Prompt
+from apo.prompts import ROLES, Prompt
 
 SEPARATOR = "<sep>"
 DATA_TYPES = ("comparison_pair", "reject_sample")  # values of --data_type; `parse_record` explains all kinds
@@ -32,9 +32,6 @@ MAX_SCORE = 1e38  # the range of float32
 
 T = TypeVar("T")
 Parser = Callable[[dict[str, Any], str], T]  # (record, id to use if it has none) -> result; raises `BadField`
-
-
-# ------------------------------------------------------------------------------------------------ files
 
 
 def read_records(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
@@ -83,18 +80,17 @@ def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
             is_list = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
             file.seek(0)
             if is_list:
-                for number, record in enumerate(_decode_json(path, file.read()), start=1):
-                    yield f"record {number}", record
-                return
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"line {number}", _decode_json(path, line, first_line=number)
+                records = enumerate(_decode_json(path, file.read()), start=1)
+                yield from ((f"record {number}", record) for number, record in records)
+            else:
+                lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
+                yield from ((f"line {number}", _decode_json(path, line, number)) for number, line in lines)
     except (OSError, zlib.error, EOFError) as error:
         raise InputError(f"{path}: cannot be read{' as gzip' * is_gzip} ({error})") from error
 
 
 def _decode_json(path: Path, data: bytes, first_line: int = 1) -> Any:
-    """Decodes JSON; `first_line` is where `data` starts in its file, for the message."""
+    """Decodes JSON; `first_line` is the line of the file at which `data` starts, for the message."""
     try:
         text = data.decode("utf-8-sig")
         del data  # a large list is in memory as bytes, text and records, but not as all three at once
@@ -107,9 +103,6 @@ def _decode_json(path: Path, data: bytes, first_line: int = 1) -> Any:
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or thousands of brackets
         problem = f"unreadable JSON ({error})"
     raise InputError(f"{path}: {problem}; expected a JSON list of records, or one record per line")
-
-
-# ------------------------------------------------------------------------------------------------ reading records
 
 
 @dataclasses.dataclass(slots=True)
@@ -135,9 +128,7 @@ def iter_parsed(path: str | Path, parse: Parser[T]) -> Iterator[tuple[str, T | B
 
 
 def iter_valid(path: str | Path, parse: Parser[T], unique_ids: bool = False) -> Iterator[tuple[str, T]]:
-    """Yields (place, result) as `iter_parsed` does, until the first bad record.
-
-    With `unique_ids`, a result with the `query_id` of an earlier one is bad.
+    """Yields (place, result) until the first bad record; with `unique_ids`, a repeated `query_id` is bad.
 
     Raises:
         InputError: at the end of the file, one line that counts all bad records and shows the first five with place,
@@ -198,13 +189,9 @@ def load_rewards(path: str | Path) -> dict[str, float]:
     rewards: dict[str, float] = {}
     for place, new in iter_valid(path, lambda raw, _: {key: _check_number(key, raw[key]) for key in raw}):
         if repeated := rewards.keys() & new.keys():
-            error = BadField(min(repeated), "a second reward", "one per response")
-            raise InputError(f"{path}: {place}: {error}")
+            raise InputError(f"{path}: {place}: {BadField(min(repeated), 'a second reward', 'one per response')}")
         rewards |= new
     return rewards
-
-
-# ------------------------------------------------------------------------------------------------ parsing records
 
 
 def record_kind(raw: dict[str, Any]) -> str:
@@ -217,9 +204,9 @@ def record_kind(raw: dict[str, Any]) -> str:
 def response_keys(raw: dict[str, Any], numbered_only: bool = False) -> list[str]:
     """Returns the fields of a query record that hold its responses.
 
-    By default these are all fields that start with `sample_` or `ans_` or contain `gpt4`, in the order of the record:
-    everything that can be scored. With `numbered_only` they are `sample_<number>` in numeric order, `sample_10` after
-    `sample_2`, and any other `sample_` field is an error: the reference pairs golden responses with exactly these.
+    By default these are all fields that can be scored: those that start with `sample_` or `ans_` or contain `gpt4`, in
+    the order of the record. With `numbered_only` they are `sample_<number>` in numeric order, and any other `sample_`
+    field is an error: the reference pairs golden responses with exactly these.
     """
     keys = [key for key in raw if key.startswith(("sample_", "ans_")) or "gpt4" in key]
     if numbered_only:
@@ -234,7 +221,7 @@ def response_keys(raw: dict[str, Any], numbered_only: bool = False) -> list[str]
 
 
 def parse_record(raw: dict[str, Any], default_id: str, *, kind: str, add_sep_token: bool = False) -> PreferenceRecord:
-    """Validates one record (a JSON object).
+    """Validates one record (a JSON object); raises `BadField` for the first field that is wrong.
 
     Args:
         default_id: query id of a `comparison_pair` that has none.
@@ -242,9 +229,6 @@ def parse_record(raw: dict[str, Any], default_id: str, *, kind: str, add_sep_tok
             `golden` or `sampled` (responses to make pairs of, so that their query must not contain `<sep>`).
         add_sep_token: whether every text of a `comparison_pair` must hold one `<sep>`; without it a text that has none
             is one whole sequence.
-
-    Raises:
-        BadField: the first field that is wrong.
     """
     assert kind in (*DATA_TYPES, "golden", "sampled"), kind
     if kind == "comparison_pair":
@@ -302,20 +286,17 @@ def _render_dialogue(prompt: Any, dialogue: list[Any]) -> str:
     """Renders messages in the Helpful&Harmless form: "\\n\\nHuman: ...\\n\\nAssistant:<sep> <last response>"."""
     if not isinstance(prompt, list):
         raise BadField("prompt", describe(prompt), "a list of messages, as in chosen and rejected")
-    roles = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "system": "\n\nSystem: "}
+    names = {role: name for name, role in ROLES.items()}
     messages = prompt + dialogue
     for message in messages:
-        is_known = isinstance(message, dict) and message.get("role") in tuple(roles)
+        is_known = isinstance(message, dict) and message.get("role") in tuple(names)
         if not is_known or not isinstance(message.get("content"), str):
             expected = "a message with a role (user, assistant, system) and a content string"
             raise BadField("chosen/rejected", describe(message), expected)
     if not messages or messages[-1]["role"] != "assistant":
         raise BadField("chosen/rejected", "no assistant message at the end", "one")
-    context = "".join(roles[m["role"]] + m["content"] for m in messages[:-1])
+    context = "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in messages[:-1])
     return f"{context}\n\nAssistant:{SEPARATOR} {messages[-1]['content']}"
-
-
-# ------------------------------------------------------------------------------------------------ checking fields
 
 
 def _require(raw: dict[str, Any], field: str, expected: str, expected_type: type = object) -> Any:
@@ -345,7 +326,7 @@ def _check_unicode(field: str, value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise BadField(field, f"half a surrogate pair at character {error.start + 1}", "valid Unicode") from error
+        raise BadField(field, f"an unpaired surrogate at character {error.start + 1}", "valid Unicode") from error
     return value
 
 

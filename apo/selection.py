@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from apo.cli import InputError, first_few
-from apo.records import SEPARATOR, load_preference_data, load_rewards, read_records
+from apo.records import SEPARATOR, iter_valid, load_rewards, parse_record
 from apo.statistics import expected_best, mean_and_interval
 
 logger = logging.getLogger(__name__)
@@ -45,26 +45,20 @@ class ScoredPrompt:
         return [key for key in self.candidates if is_valid and SEPARATOR not in self.responses[key]]
 
 
-# ------------------------------------------------------------------------------------------------ loading
-
-
 def find_score_file(data_path: Path, score_path: Path | None, rm_scorer: str | None) -> Path:
-    """Returns the file of rewards: `score_path` itself, or the one in that folder that was written for the data.
+    """Returns the file of rewards: `score_path`, or the one in that folder that was written for the data.
 
     Args:
         data_path: the sampled responses; scoring them wrote `<stem of data_path>_pred_<suffix>_results.json`.
         score_path: a file, a folder, or with `rm_scorer` None for the folder of the data.
         rm_scorer: that suffix; None where a folder holds the rewards of one reward model only.
-
-    Raises:
-        InputError: no such file, or several.
     """
     if score_path is None and not rm_scorer:
         raise InputError("found neither --score_path nor --rm_scorer, expected one of them; " + ADVICE)
     folder = data_path.parent if score_path is None else score_path
     if not folder.is_dir():
         if rm_scorer:
-            logger.warning("--rm_scorer %s has no effect: --score_path %s is no folder", rm_scorer, score_path)
+            logger.warning("--rm_scorer %s has no effect: --score_path %s is not a folder", rm_scorer, score_path)
         return folder
     stem = data_path.name.split(".json")[0]  # as train.py names it
     suffix = glob.escape(rm_scorer) if rm_scorer else "*"
@@ -89,46 +83,26 @@ def load_scored_prompts(data_path: Path, score_path: Path) -> list[ScoredPrompt]
         InputError: a file cannot be read, or the two files do not belong together: responses without a reward, or
             rewards without a response.
     """
-    parsed = load_preference_data(data_path, "reject_sample")
     rewards = load_rewards(score_path)
-    names = {(p.query_id, key): f"{p.query_id}:{key}" for p in parsed for key in p.response_keys}
-    check_same_responses(data_path, score_path, names, rewards)
-    return [
-        ScoredPrompt(
-            record=record,
-            query_id=p.query_id,
-            query=p.prompts[0],
-            responses=dict(zip(p.response_keys, p.responses, strict=True)),
-            rewards={key: rewards[names[p.query_id, key]] for key in p.response_keys},
-        )
-        for p, (_, record) in zip(parsed, read_records(data_path), strict=True)
-    ]
 
+    def parse(raw: dict[str, Any], default_id: str) -> ScoredPrompt:
+        record = parse_record(raw, default_id, kind="reject_sample")
+        responses = dict(zip(record.response_keys, record.responses, strict=True))
+        names = {key: f"{record.query_id}:{key}" for key in responses}
+        own = {key: rewards[name] for key, name in names.items() if name in rewards}
+        return ScoredPrompt(raw, record.query_id, record.prompts[0], responses, own)
 
-def check_same_responses(
-    data_path: Path, score_path: Path, names: dict[tuple[str, str], str], rewards: dict[str, float]
-) -> None:
-    """Refuses rewards that are not those of the data, and shows the ids.
-
-    Args:
-        data_path: for the message.
-        score_path: for the message.
-        names: (query id, response key) -> "<query_id>:<response key>", of every response of the data.
-        rewards: "<query_id>:<response key>" -> reward. The id ends at the last ":".
-    """
-    missing = [query_id for (query_id, _), name in names.items() if name not in rewards]
-    foreign = [name.rpartition(":")[0] or name for name in rewards.keys() - set(names.values())]
+    prompts = [prompt for _, prompt in iter_valid(data_path, parse, unique_ids=True)]
+    ids = {f"{prompt.query_id}:{key}": prompt.query_id for prompt in prompts for key in prompt.responses}
     problems = []
-    if missing:
-        problems.append(f"{len(missing)} of {len(names)} responses have no reward, those of {name_ids(missing)}")
-    if foreign:
-        ids = name_ids(sorted(foreign))
-        problems.append(f"{len(foreign)} of {len(rewards)} rewards have no response, those of {ids}")
+    if missing := [query_id for name, query_id in ids.items() if name not in rewards]:
+        problems.append(f"{len(missing)} of {len(ids)} responses have no reward, those of {name_ids(missing)}")
+    if foreign := sorted(rewards.keys() - ids.keys()):
+        found = name_ids(name.rpartition(":")[0] or name for name in foreign)
+        problems.append(f"{len(foreign)} of {len(rewards)} rewards have no response, those of {found}")
     if problems:
         raise InputError(f"{score_path}: not the rewards of {data_path}: {'; '.join(problems)}; {ADVICE}")
-
-
-# ------------------------------------------------------------------------------------------------ choosing
+    return prompts
 
 
 def with_target(prompt: ScoredPrompt) -> dict[str, Any]:
@@ -137,12 +111,7 @@ def with_target(prompt: ScoredPrompt) -> dict[str, Any]:
 
 
 def to_pairs(prompts: list[ScoredPrompt], skipped: Counter[str]) -> list[dict[str, str]]:
-    """Returns one best-over-worst pair per prompt, for DPO.
-
-    Args:
-        prompts: see `ScoredPrompt`.
-        skipped: reason (a key of the report) -> prompts without a pair; added to.
-    """
+    """Returns one best-over-worst pair per prompt, for DPO; counts in `skipped` the prompts without one by reason."""
     pairs = []
     for prompt in prompts:
         keys = prompt.trainable
@@ -156,8 +125,7 @@ def to_pairs(prompts: list[ScoredPrompt], skipped: Counter[str]) -> list[dict[st
         elif chosen.strip() == rejected.strip():
             skipped["equal answers"] += 1
         else:
-            texts = {"chosen": chosen, "rejected": rejected}
-            pairs.append({"prompt": prompt.query, **texts, "query_id": prompt.query_id})
+            pairs.append({"prompt": prompt.query, "chosen": chosen, "rejected": rejected, "query_id": prompt.query_id})
     return pairs
 
 
@@ -165,8 +133,7 @@ def to_text_scores(prompts: list[ScoredPrompt]) -> list[dict[str, Any]]:
     """Returns one text-scores record per prompt, its trainable responses in file order with rewards, for RRHF."""
     records = []
     for prompt in prompts:
-        trainable = set(prompt.trainable)
-        keys = [key for key in prompt.responses if key in trainable]
+        keys = sorted(prompt.trainable, key=list(prompt.responses).index)
         if len(keys) >= 2:
             text = [prompt.query + SEPARATOR + prompt.responses[key] for key in keys]
             scores = [prompt.rewards[key] for key in keys]
@@ -174,16 +141,13 @@ def to_text_scores(prompts: list[ScoredPrompt]) -> list[dict[str, Any]]:
     return records
 
 
-# ------------------------------------------------------------------------------------------------ reporting
-
-
 def best_of_n(prompts: list[ScoredPrompt]) -> list[dict[str, Any]]:
     """Averages `expected_best` over prompts, for each n.
 
     Returns:
-        a row for each n: "n", "mean" and "interval_95" of the expected best reward, "gain" (mean over the same prompts
-        of expected best of n minus best of one), and "prompts", those with n responses or more. Where that number
-        falls with n, the means of two rows are not of the same prompts; the gains still compare like with like.
+        a row for each n: "n", "mean" and "interval_95" of the expected best reward, "prompts" (how many have n
+        responses or more), and "gain", the mean over these prompts of the expected best of n minus the best of one.
+        Only the gains of two rows can be compared if the rows have different prompts.
     """
     curves = [expected_best(prompt.rewards[key] for key in prompt.candidates) for prompt in prompts]
     rows = []
@@ -205,7 +169,7 @@ def make_report(prompts: list[ScoredPrompt], pairs: list[dict[str, str]]) -> dic
 
     Args:
         prompts: those with a best response.
-        pairs: best over worst, see `to_pairs`.
+        pairs: see `to_pairs`.
 
     Returns:
         "prompts"; "best_of_n" (see there); "ties": the share of prompts whose best reward several responses have, of

@@ -20,6 +20,7 @@ from reward_datasets import (
     batch_by_tokens,
     build_sequence,
     load_preference_dataset,
+    merge_training_data,
     name_datasets,
     normalize_scores,
     preferred_pairs,
@@ -116,6 +117,25 @@ def test_bad_records_stop_the_load_through_the_cache_too(tmp_path, tokenizer):
         with pytest.raises(InputError, match='record 1201: field "scores"'):
             load(path, tokenizer, cache_dir=str(tmp_path))
     assert {file.suffix for file in (tmp_path / "preference_data").iterdir()} <= {".lock"}
+
+
+def test_training_files_are_concatenated_in_order(tmp_path, tokenizer):
+    paths = [write_records(tmp_path / name, records) for name, records in (("a.json", PAIRS[:1]), ("b.json", PAIRS))]
+    merged = merge_training_data({str(path): load(path, tokenizer, cache_dir=str(tmp_path)) for path in paths})
+    assert merged["query_id"][:] == ["q0", "q0", "q1", "q2"]
+
+
+def test_training_file_of_equal_scores_is_refused(tmp_path, tokenizer):
+    """A file with at least one preferred response is accepted."""
+    paths = [tmp_path / "mixed.json", tmp_path / "equal.json"]
+    write_records(paths[0], [pair(), pair() | {"scores": [1, 1]}])
+    write_records(paths[1], [pair() | {"scores": [1, 1]}] * 2)
+    parts = {str(path): load(path, tokenizer, cache_dir=str(tmp_path)) for path in paths}
+    message = f'^{paths[1]}: field "scores": found equal scores within each of the 2 records, expected at least one'
+    with pytest.raises(InputError, match=message):
+        merge_training_data(parts)
+    del parts[str(paths[1])]
+    assert len(merge_training_data(parts)) == 2
 
 
 def test_rows_of_several_batches_keep_the_order_of_the_file(tmp_path, tokenizer):

@@ -64,21 +64,18 @@ def find_fault(response: str) -> str:
 
 
 def usable_responses(golden: str, sampled: list[str], skipped: Counter[str]) -> tuple[str, list[str]]:
-    """Cuts the responses of one prompt and drops those that make no pair.
+    """Cuts the responses of one prompt and drops those that make no pair; counts them in `skipped`, by reason.
 
-    A golden response is cut at "\\nHuman:" only; a sampled one, as in the reference, at any line that starts with
-    "Human". A sampled response that equals the golden one is dropped: it would be preferred and not preferred at once.
+    A sampled response that equals the golden one is dropped: it would be preferred and not preferred at once.
 
-    Returns the golden response and the usable sampled ones (none if the golden one is unusable), and adds the dropped
-    responses to `skipped` by reason.
+    Returns the golden response and the usable sampled ones, none if the golden one is unusable.
     """
     golden = cut_next_turn(golden, GOLDEN_STOP_STRINGS)
     if fault := find_fault(golden):
         skipped[f"golden {fault}"] += 1
         return golden, []
     kept = []
-    for response in sampled:
-        response = cut_next_turn(response, SAMPLE_STOP_STRINGS)
+    for response in (cut_next_turn(text, SAMPLE_STOP_STRINGS) for text in sampled):
         fault = find_fault(response) or ("same as golden" if response.strip() == golden.strip() else "")
         if fault:
             skipped[f"sampled {fault}"] += 1
@@ -97,13 +94,12 @@ def to_items(query_id: str, query: str, golden: str, sampled: list[str], group: 
 
 
 def check_same_prompts(golden: Responses, sampled: Responses) -> None:
-    """Raises an `InputError` for ids with two prompts: the first few, and where their prompts start to differ."""
+    """Refuses ids with two prompts, and shows where these start to differ."""
     problems = []
     for query_id in (query_id for query_id in golden if query_id in sampled):
         expected, found = golden[query_id].prompts[0], sampled[query_id].prompts[0]
         if found != expected:
-            letters = enumerate(itertools.zip_longest(found, expected))
-            start = next(i for i, (x, y) in letters if x != y)
+            start = next(i for i, (x, y) in enumerate(itertools.zip_longest(found, expected)) if x != y)
             problems.append(
                 f'id {query_id}: field "query": found, from character {start + 1} on, {describe(found[start:])}, '
                 f"expected {describe(expected[start:])} as in --golden_data_path"
@@ -120,9 +116,6 @@ def convert(
     Args:
         group: one record per prompt instead of one per pair.
         sampling: keep one sampled response per prompt, drawn with `seed` among the usable ones.
-
-    Raises:
-        InputError: no id is in both files, the same id has different prompts, or no pair is left.
     """
     check_same_prompts(golden, sampled)
     rng = random.Random(seed)
@@ -174,9 +167,8 @@ def main() -> None:
         if ids:
             logger.warning("%d ids with %s responses only, left out: %s", len(ids), kind, first_few(ids))
     if result.cut.total():
-        logger.info(
-            "cut where they continue as the user: %(golden)d golden, %(sampled)d sampled responses", result.cut
-        )
+        message = "cut where they continue as the user: %(golden)d golden, %(sampled)d sampled responses"
+        logger.info(message, result.cut)
     path = args.output_dir / f"{args.apo_data_name}{'_sampled' * args.sampling}_text_scores.json"
     write_json(path, result.items)
     groups = "" if len(result.items) == result.num_pairs else f" in {len(result.items)} groups"

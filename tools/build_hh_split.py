@@ -24,7 +24,7 @@ import os
 import random
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +32,13 @@ from apo.cli import (
     BadField,
     InputError,
     OneLineParser,
+    at_least,
     describe_counts,
     exit_on_input_error,
     sha256_of_file,
     write_json,
 )
-from apo.prompts import chat_messages
+from apo.prompts import chat_messages, normalize_space
 from apo.records import SEPARATOR, iter_valid, parse_plain_pair
 
 HUB_REPO = "Anthropic/hh-rlhf"
@@ -67,9 +68,6 @@ class Pair(NamedTuple):
 Groups = dict[str, list[Pair]]  # prompt (white space normalised) -> its pairs
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
 def download(subsets: Iterable[str], split: str) -> list[Path]:
     """Downloads `<subset>/<split>.jsonl.gz` of each subset from the Hub, or finds it in the Hub's cache."""
     from huggingface_hub import hf_hub_download
@@ -77,9 +75,8 @@ def download(subsets: Iterable[str], split: str) -> list[Path]:
     try:
         return [Path(hf_hub_download(HUB_REPO, f"{s}/{split}.jsonl.gz", repo_type="dataset")) for s in subsets]
     except OSError as error:  # huggingface_hub: no network, file or permission
-        reason = " ".join(str(error).split())
         advice = "give its files by --train_data_path and --test_data_path"
-        raise InputError(f"{HUB_REPO}: cannot be downloaded ({reason}); {advice}") from error
+        raise InputError(f"{HUB_REPO}: cannot be downloaded ({normalize_space(str(error))}); {advice}") from error
 
 
 def load_dialogues(paths: list[Path], sources: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -88,14 +85,6 @@ def load_dialogues(paths: list[Path], sources: dict[str, Any]) -> Iterator[tuple
         dialogues = [pair for _, pair in iter_valid(path, parse_plain_pair)]
         sources[str(path)] = {"pairs": len(dialogues), "sha256": sha256_of_file(path)}
         yield from dialogues
-
-
-# ------------------------------------------------------------------------------------------------ cleaning
-
-
-def normalize_space(text: str) -> str:
-    """Returns a text with single spaces; texts that differ in white space only become equal."""
-    return " ".join(text.split())
 
 
 def split_dialogue(dialogue: str) -> tuple[str, str]:
@@ -121,24 +110,16 @@ def find_fault(prompt: str, other_prompt: str, chosen: str, rejected: str) -> st
     return f"{SEPARATOR} in the text" if any(SEPARATOR in text for text in (prompt, chosen, rejected)) else ""
 
 
-def make_query_id(prompt: str, chosen: str, rejected: str) -> str:
-    """Returns the first 64 bits of a hash of the three texts, white space normalised, in hexadecimal."""
-    content = "\n".join(normalize_space(text) for text in (prompt, chosen, rejected))
-    return "hh_" + hashlib.sha256(content.encode()).hexdigest()[:16]
-
-
 def group_by_prompt(dialogues: Iterable[tuple[str, str]], dropped: Counter[str]) -> Groups:
-    """Splits (chosen, rejected) dialogues into prompts and responses, and drops those that make no pair.
-
-    Returns the pairs of each prompt, both in file order, and adds the dropped pairs to `dropped` by reason.
-    """
+    """Returns the pairs of each prompt, both in file order; counts those left out in `dropped`, by reason."""
     groups: Groups = {}
     seen: set[str] = set()
     for chosen_dialogue, rejected_dialogue in dialogues:
         prompt, chosen = split_dialogue(chosen_dialogue)
         other_prompt, rejected = split_dialogue(rejected_dialogue)
         reason = find_fault(prompt, other_prompt, chosen, rejected)
-        query_id = make_query_id(prompt, chosen, rejected)
+        content = "\n".join(map(normalize_space, (prompt, chosen, rejected)))
+        query_id = "hh_" + hashlib.sha256(content.encode()).hexdigest()[:16]  # 64 bits
         if reason or query_id in seen:
             dropped[reason or "duplicate"] += 1
             continue
@@ -147,32 +128,17 @@ def group_by_prompt(dialogues: Iterable[tuple[str, str]], dropped: Counter[str])
     return groups
 
 
-def remove_prompts(groups: Groups, prompts: Iterable[str], dropped: Counter[str]) -> Groups:
-    """Returns the groups without the given prompts, and counts their pairs."""
-    taken = set(prompts)
-    dropped["prompt also in test"] += sum(len(pairs) for prompt, pairs in groups.items() if prompt in taken)
-    return {prompt: pairs for prompt, pairs in groups.items() if prompt not in taken}
-
-
-# ------------------------------------------------------------------------------------------------ partitioning
+def remove_prompts(groups: Groups, test_prompts: Container[str], dropped: Counter[str]) -> Groups:
+    """Returns the groups of prompts that are not in test, and counts the pairs of the others."""
+    dropped["prompt also in test"] += sum(len(pairs) for prompt, pairs in groups.items() if prompt in test_prompts)
+    return {prompt: pairs for prompt, pairs in groups.items() if prompt not in test_prompts}
 
 
 def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, list[Pair]]:
-    """Draws prompts into parts of given sizes, and the rest.
+    """Draws prompts into parts of given sizes (in pairs), and `REST`.
 
     A prompt goes, with all of its pairs, to the first part with enough room. So a part never has more pairs than its
     size, and fewer only if no prompt that fits is left.
-
-    Args:
-        groups: prompt -> its pairs.
-        sizes: part -> pairs.
-        seed: of the order in which prompts are drawn.
-
-    Returns:
-        part -> its pairs; those that fit no part are `REST`.
-
-    Raises:
-        InputError: too few pairs for the sizes and a rest, or a part that no prompt fits.
     """
     num_pairs, num_wanted = sum(map(len, groups.values())), sum(sizes.values())
     flags = " ".join(f"--{name}_size {size}" for name, size in sizes.items())
@@ -193,9 +159,6 @@ def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, lis
     return parts
 
 
-# ------------------------------------------------------------------------------------------------ writing
-
-
 def to_record(pair: Pair) -> dict[str, Any]:
     """Returns a pair as a text-scores record."""
     text = [pair.prompt + SEPARATOR + response for response in (pair.chosen, pair.rejected)]
@@ -214,8 +177,7 @@ def write_records(path: Path, pairs: list[Pair]) -> None:
 def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[str, Any]) -> dict[str, Any]:
     """Writes the five files and the manifest into a hidden folder, and moves them to `output_dir` once all exist.
 
-    Returns:
-        the manifest's entry of each file: "pairs", "prompts", "sha256".
+    Returns the manifest's entry of each file.
     """
     outputs: dict[str, Any] = {}
     try:
@@ -239,46 +201,34 @@ def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[s
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     add = (parser := OneLineParser(description=__doc__)).add_argument
+    add_source, add_test = (parser.add_mutually_exclusive_group().add_argument for _ in range(2))
     add("--output_dir", type=Path, required=True, help="folder to write to; made if it does not exist")
     train_help = 'records of "chosen", "rejected": .jsonl.gz, .jsonl, .json (default: from the Hub)'
-    add("--train_data_path", type=Path, nargs="+", help=train_help)
-    add("--test_data_path", type=Path, nargs="+", help="the same, for the test part")
+    add_source("--train_data_path", type=Path, nargs="+", help=train_help)
+    add_test("--test_data_path", type=Path, nargs="+", help="the same, for the test part")
     subsets_help = f"subsets on the Hub (default: {' '.join(PAPER_SUBSETS)}, as many pairs as the paper's)"
-    add("--subsets", nargs="+", choices=SUBSETS, help=subsets_help)
-    add("--rm_size", type=int, default=20_000, help="pairs for the reward model (default: 20000)")
-    add("--valid_size", type=int, default=10_000, help="pairs for validation (default: 10000)")
-    add("--test_size", type=int, help="pairs for test, for data without test files")
+    add_source("--subsets", nargs="+", choices=SUBSETS, help=subsets_help)
+    add("--rm_size", type=at_least(1), default=20_000, help="pairs for the reward model (default: 20000)")
+    add("--valid_size", type=at_least(1), default=10_000, help="pairs for validation (default: 10000)")
+    add_test("--test_size", type=at_least(1), help="pairs for test, for data without test files")
     add("--seed", type=int, default=42, help="of the partition (default: 42)")
     return parser.parse_args()
-
-
-def check_flags(args: argparse.Namespace) -> None:
-    """Refuses flags that contradict one another."""
-    if args.train_data_path is None and (args.test_data_path or args.test_size is not None):
-        raise InputError("--test_data_path or --test_size without --train_data_path: the Hub has its own test files")
-    if args.train_data_path and args.subsets:
-        raise InputError("--subsets is for data from the Hub; found --train_data_path as well, give one of them")
-    if args.train_data_path and (args.test_data_path is None) == (args.test_size is None):
-        raise InputError(
-            "expected one of --test_data_path and --test_size beside --train_data_path; found both or none"
-        )
-    for name in ("rm_size", "valid_size", "test_size"):
-        size = getattr(args, name)
-        if size is not None and size < 1:
-            raise InputError(f"--{name}: found {size}, expected at least 1")
 
 
 @exit_on_input_error
 def main() -> None:
     """Reads, cleans, partitions, writes, prints the counts."""
     args = parse_args()
-    check_flags(args)
+    has_test = bool(args.test_data_path or args.test_size)
+    if has_test and not args.train_data_path:
+        raise InputError("--test_data_path or --test_size without --train_data_path: the Hub has its own test files")
+    if args.train_data_path and not has_test:
+        raise InputError("--train_data_path: found neither --test_data_path nor --test_size, expected one of them")
     train_paths, test_paths = args.train_data_path, args.test_data_path or []
     if train_paths is None:
         subsets = args.subsets or PAPER_SUBSETS
         train_paths, test_paths = download(subsets, "train"), download(subsets, "test")
 
-    # ---- read and clean
     inputs: dict[str, dict[str, Any]] = {"train": {}, "test": {}}
     dropped: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
     test_groups = group_by_prompt(load_dialogues(test_paths, inputs["test"]), dropped["test"])
@@ -287,14 +237,12 @@ def main() -> None:
     if test_paths and not test_groups:
         raise InputError(f"no test pair is left after cleaning; dropped: {describe_counts(dropped['test'], 'pairs')}")
 
-    # ---- partition
     sizes = {"rm": args.rm_size, "valid": args.valid_size}
     if not test_paths:
         sizes["test"] = args.test_size
     parts = partition(train_groups, sizes, args.seed)
     parts.setdefault("test", [pair for pairs in test_groups.values() for pair in pairs])
 
-    # ---- write
     manifest = {"inputs": inputs, "dropped": dropped, "sizes": sizes, "seed": args.seed}
     outputs = write_split(args.output_dir, parts, manifest)
     for split, counts in dropped.items():

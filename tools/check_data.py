@@ -34,8 +34,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apo.cli import NUM_SHOWN, BadField, InputError, OneLineParser, exit_on_input_error, write_json
+from apo.cli import NUM_SHOWN, BadField, InputError, OneLineParser, at_least, exit_on_input_error, write_json
 from apo.figures import plot_lengths_and_batching
+from apo.prompts import normalize_space
 from apo.records import PreferenceRecord, iter_parsed, iter_records, parse_record, record_kind
 from apo.statistics import wilson_interval
 from reward_datasets import (
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 # What the report calls each kind of `record_kind`.
 KINDS = {"comparison_pair": "pairs", "reject_sample": "samples", "golden": "golden"}
 FINDINGS = {
-    "unreadable": "the file cannot be read to its end, or holds something that is no record",
+    "unreadable": "the file cannot be read to its end, or holds something that is not a record",
     "bad_records": "bad records",
     "duplicates": "records with the prompt and the responses of an earlier one",
     "duplicate_ids": "records with the query id of an earlier one",
@@ -64,7 +65,6 @@ FINDINGS = {
     "samples_without_golden": "sampled responses without a golden one",
     "overlap": "prompts of training files that are also in evaluation files",
 }
-NOT_TOKENISED = "left out without --model_name_or_path: truncation, lengths in tokens, padding"
 LENGTHS = ("prompt", "response", "sequence")  # in tokens, before truncation
 QUANTILES = {"min": 0, "5%": 5, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "max": 100}
 
@@ -77,7 +77,7 @@ class Findings(dict[str, dict[str, Any]]):
         finding = self.setdefault(name, {"count": 0, "first": []})
         finding["count"] += 1
         if len(finding["first"]) < NUM_SHOWN:
-            finding["first"].append(example.encode(errors="replace").decode())  # without lone surrogates
+            finding["first"].append(example.encode(errors="replace").decode())  # no unpaired surrogate
 
 
 @dataclass
@@ -97,9 +97,6 @@ class FileCheck:
     tokens_run: Counter[str] = field(default_factory=Counter)  # way of batching -> tokens
 
 
-# ------------------------------------------------------------------------------------------------ texts
-
-
 def check_records(check: FileCheck, add_sep_token: bool) -> Iterator[tuple[str, PreferenceRecord]]:
     """Checks the texts of each good record, also after a bad one, and yields it with its place."""
     try:
@@ -117,7 +114,7 @@ def check_records(check: FileCheck, add_sep_token: bool) -> Iterator[tuple[str, 
 
 
 def digest(value: Any) -> bytes:
-    """Returns a hash of 16 bytes that identifies a JSON value."""
+    """Returns a short hash of a JSON value."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).digest()
 
 
@@ -135,7 +132,7 @@ def check_texts(check: FileCheck, place: str, record: PreferenceRecord) -> None:
     if check.kind != "pairs" and check.ids.setdefault(record.query_id, place) != place:
         example = f"{place} and {check.ids[record.query_id]}: id {json.dumps(record.query_id)}"
         check.findings.add("duplicate_ids", example)
-    for prompt in filter(None, (" ".join(prompt.split()) for prompt in dict.fromkeys(record.prompts))):
+    for prompt in filter(None, map(normalize_space, dict.fromkeys(record.prompts))):
         check.prompts.setdefault(digest(prompt), place)
 
     check.counts.update(records=1, responses=len(texts))
@@ -151,9 +148,6 @@ def check_texts(check: FileCheck, place: str, record: PreferenceRecord) -> None:
         length, other = len(record.responses[i]), len(record.responses[j])
         check.counts["longer_preferred"] += length > other
         check.counts["shorter_preferred"] += length < other
-
-
-# ------------------------------------------------------------------------------------------------ tokens
 
 
 def tokenized_items(
@@ -175,9 +169,9 @@ def tokenized_items(
             check.counts["truncated_responses"] += len(sequence) < whole
             if prompt and settings["truncation_side"] == "left" and len(sequence) <= after_prompt:
                 check.findings.add("prompts_cut_away", f"{place}: response {number} ({len(response)} tokens)")
-        for i, j in pairs_of(record) if check.kind == "pairs" else ():
-            is_same_text = (record.prompts[i], record.responses[i]) == (record.prompts[j], record.responses[j])
-            if sequences[i] == sequences[j] and not is_same_text:
+        texts = list(zip(record.prompts, record.responses, strict=True))
+        for i, j in pairs_of(record):
+            if sequences[i] == sequences[j] and texts[i] != texts[j]:
                 check.findings.add("identical_after_truncation", f"{place}: responses {i + 1} and {j + 1}")
         yield {"input_ids": sequences, "scores": record.scores, "is_apo": record.is_apo}
 
@@ -197,23 +191,13 @@ def count_tokens_run(items: list[dict[str, Any]], pad_token_id: int, max_length:
 def check_file(
     check: FileCheck, settings: dict[str, Any], tokenizer: RewardTokenizer | None = None, batch_size: int = 8
 ) -> FileCheck:
-    """Reads a file and adds its findings and statistics to `check`.
-
-    Args:
-        check: with path, name and role.
-        settings: `add_sep_token`, and with a tokenizer `max_length` and `truncation_side`.
-        tokenizer: None skips everything that needs tokens.
-        batch_size: items of the batches whose tokens are counted.
-    """
+    """Reads a file and adds its findings and statistics to `check`; without a tokenizer, none that need tokens."""
     records = check_records(check, settings["add_sep_token"])
     items = tokenized_items(check, records, tokenizer, settings) if tokenizer else records
     while batch := list(itertools.islice(items, batch_size)):
         if tokenizer:
             check.tokens_run.update(count_tokens_run(batch, tokenizer.pad_token_id, settings["max_length"]))
     return check
-
-
-# ------------------------------------------------------------------------------------------------ across files
 
 
 def compare_ids(checks: list[FileCheck]) -> Findings:
@@ -230,12 +214,7 @@ def compare_ids(checks: list[FileCheck]) -> Findings:
 
 
 def compare_prompts(checks: list[FileCheck]) -> list[dict[str, Any]]:
-    """Counts the prompts that two files share, ignoring white space, for every two files that share any.
-
-    Returns:
-        rows of "files", "prompts" (different ones), "of" (how many each file has), "first" (a few places), and
-        "is_finding": one file is for training, the other for evaluation.
-    """
+    """Counts the different prompts that two files share, ignoring white space, for every two files that share any."""
     rows = []
     for one, other in itertools.combinations(checks, 2):
         if shared := [key for key in one.prompts if key in other.prompts]:
@@ -246,17 +225,14 @@ def compare_prompts(checks: list[FileCheck]) -> list[dict[str, Any]]:
     return rows
 
 
-# ------------------------------------------------------------------------------------------------ reporting
-
-
 def summarize(check: FileCheck) -> dict[str, Any]:
     """Returns the statistics of one file; lengths in tokens are those before truncation."""
     counts = check.counts
     names = ["records", "responses", "empty_responses", "without_prompt"]
     names += ["pairs", "tied_pairs", "tied_items"] * (check.kind == "pairs")
     result: dict[str, Any] = {name: counts[name] for name in names}
-    if result.get("pairs", 0) + result.get("tied_pairs", 0):
-        result["share_of_tied_pairs"] = counts["tied_pairs"] / (counts["tied_pairs"] + counts["pairs"])
+    if num_compared := counts["pairs"] + counts["tied_pairs"]:
+        result["share_of_tied_pairs"] = counts["tied_pairs"] / num_compared
         result["share_of_tied_items"] = counts["tied_items"] / counts["records"]
     if num_pairs := counts["longer_preferred"] + counts["shorter_preferred"]:
         share = counts["longer_preferred"] / num_pairs
@@ -313,29 +289,22 @@ def format_file(entry: dict[str, Any]) -> list[str]:
     return lines + [f"  {name:<22} {format_value(value)}" for name, value in stats.items() if stats["records"]]
 
 
-def format_overlap(row: dict[str, Any]) -> list[str]:
-    """Returns the lines of two files that share prompts."""
-    files = " and ".join(f"{name} (of {count})" for name, count in zip(row["files"], row["of"], strict=True))
-    if not row["is_finding"]:
-        return [f"  {row['prompts']} prompts shared by {files}"]
-    return format_findings({"overlap": {"count": row["prompts"], "first": [files, *row["first"]]}})
-
-
 def format_report(report: dict[str, Any]) -> str:
     """Returns the report as text: one block per file, then what files share, then the total."""
     blocks = [format_file(entry) for entry in report["files"]]
     shared = format_findings(report["unmatched_ids"])
     for row in sorted(report["overlap"], key=lambda row: not row["is_finding"]):
-        shared += format_overlap(row)
+        files = " and ".join(f"{name} (of {count})" for name, count in zip(row["files"], row["of"], strict=True))
+        if row["is_finding"]:
+            shared += format_findings({"overlap": {"count": row["prompts"], "first": [files, *row["first"]]}})
+        else:
+            shared.append(f"  {row['prompts']} prompts shared by {files}")
     if len(blocks) > 1:
         blocks.append(["across files", *(shared or ["  nothing found"])])
-    settings = report["settings"]
-    blocks.append([f"settings: {format_value(settings)}" if settings else NOT_TOKENISED])
+    left_out = "left out without --model_name_or_path: truncation, lengths in tokens, padding"
+    blocks.append([f"settings: {format_value(report['settings'])}" if report["settings"] else left_out])
     blocks.append([f"findings in total: {report['num_findings']}"])
     return "\n\n".join("\n".join(block) for block in blocks)
-
-
-# ------------------------------------------------------------------------------------------------ command line
 
 
 def parse_bool(word: str) -> bool | str:
@@ -349,28 +318,14 @@ def parse_args() -> argparse.Namespace:
     add("--train_data_path", nargs="+", default=[], help="files used in training, of any kind")
     add("--eval_data_path", nargs="+", default=[], help="files for evaluation, of any kind")
     add("--model_name_or_path", help="model whose tokenizer counts; without it nothing is tokenised")
-    add("--max_length", type=int, help="longest sequence in tokens (default: the checkpoint's, or 256)")
-    side_help = "side that is cut off (default: the checkpoint's, or left)"
-    add("--truncation_side", choices=("left", "right"), help=side_help)
+    add("--max_length", type=at_least(8), help="longest sequence in tokens (default: the checkpoint's, or 256)")
+    add("--truncation_side", choices=("left", "right"), help="side that is cut (default: the checkpoint's, or left)")
     sep_help = "separator between prompt and response (default: as the checkpoint, or false)"
     add("--add_sep_token", nargs="?", const=True, type=parse_bool, choices=(True, False), help=sep_help)
-    add("--batch_size", type=int, default=8, help="items of a batch whose tokens are counted (default: 8)")
+    add("--batch_size", type=at_least(1), default=8, help="items of a batch whose tokens are counted (default: 8)")
     add("--output_dir", type=Path, help="folder for check_data.json and check_data.png")
     add("--strict", action="store_true", help="exit status 2 if there is any finding")
     return parser.parse_args()
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Refuses arguments that cannot work, before anything loads."""
-    paths = [*args.train_data_path, *args.eval_data_path]
-    if not paths:
-        raise InputError("nothing to check: give --train_data_path, --eval_data_path, or both")
-    for path in paths:
-        if not Path(path).is_file():
-            raise InputError(f"{path}: no such file; give the path of an existing .json, .jsonl, .gz or .parquet file")
-    for name, value, least in (("max_length", args.max_length, 8), ("batch_size", args.batch_size, 1)):
-        if value is not None and value < least:
-            raise InputError(f"--{name} {value}: expected at least {least}")
 
 
 def load_tokenizer(path: str, flags: dict[str, Any]) -> tuple[RewardTokenizer, dict[str, Any]]:
@@ -389,14 +344,17 @@ def main() -> None:
     """Checks each file, compares them, prints, writes."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parse_args()
-    check_args(args)
+    files = [("train", path) for path in args.train_data_path] + [("eval", path) for path in args.eval_data_path]
+    if not files:
+        raise InputError("nothing to check: give --train_data_path, --eval_data_path, or both")
+    if missing := ", ".join(path for _, path in files if not Path(path).is_file()):
+        raise InputError(f"{missing}: no such file; give paths of existing .json, .jsonl, .gz or .parquet files")
     tokenizer, settings, recorded = None, {"add_sep_token": bool(args.add_sep_token)}, None
     if args.model_name_or_path:
         flags = {name: getattr(args, name) for name in ("max_length", "truncation_side", "add_sep_token")}
         tokenizer, settings = load_tokenizer(args.model_name_or_path, flags)
         recorded = {"tokenizer": args.model_name_or_path, **settings, "batch_size": args.batch_size}
 
-    files = [("train", path) for path in args.train_data_path] + [("eval", path) for path in args.eval_data_path]
     names = {path: name for name, path in name_datasets([path for _, path in files]).items()}
     checks = [
         check_file(FileCheck(path, names[os.path.normpath(path)], role), settings, tokenizer, args.batch_size)

@@ -45,20 +45,16 @@ def summary(report: dict[str, Any], skipped: Counter[str]) -> str:
     for row in report["best_of_n"]:
         interval = "" if row["interval_95"] is None else " [{:.4f}, {:.4f}]".format(*row["interval_95"])
         lines.append(f"best of {row['n']}: expected reward {row['mean']:.4f}{interval}, {row['prompts']} prompts")
-    without = describe_counts(skipped, "prompts")
-    lines.append(f"{report['pairs']} pairs of best over worst, {without} without one")
+    lines.append(f"{report['pairs']} pairs of best over worst, {describe_counts(skipped, 'prompts')} without one")
     return "\n".join(lines)
 
 
-def name_outputs(
-    output_dir: Path, output_file_name: str | None, score_path: Path, with_pairs: bool
-) -> dict[str, Path]:
+def name_outputs(output_dir: Path, file_name: str | None, score_path: Path, with_pairs: bool) -> dict[str, Path]:
     """Returns the paths of all files to write, by their content.
 
-    A name that includes a folder is used as it is, as in the reference; a bare name is put into `output_dir`. The
-    default name is the reference's as well.
+    The default name is the reference's. So is the rule that a name with a folder is not put into `output_dir`.
     """
-    name = Path(output_file_name or f"{score_path.name}_sft.json")
+    name = Path(file_name or f"{score_path.name}_sft.json")
     target = output_dir / name if name.name == str(name) else name
     endings = {"report": "_report.json", "figure": "_report.png"}
     if with_pairs:
@@ -75,8 +71,7 @@ def parse_args() -> argparse.Namespace:
     add("--score_path", type=Path, help=score_help + "(default with --rm_scorer: the folder of the data)")
     add("--rm_scorer", help="<suffix> of that file, for a folder with the rewards of several models")
     add("--output_dir", type=Path, default=Path(), help="folder to write to (default: this one)")
-    name_help = "the other files are named after it (default: <file name of the rewards>_sft.json)"
-    add("--output_file_name", help=name_help)
+    add("--output_file_name", help="names the other files as well (default: <file name of the rewards>_sft.json)")
     add("--to_pairs", action="store_true", help="also write pairs of best over worst (DPO) and all responses (RRHF)")
     return parser.parse_args()
 

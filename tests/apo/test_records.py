@@ -151,11 +151,21 @@ def test_type_apo_marks_golden_over_sampled_items(tmp_path):
 
 GOOD = {"text": ["a<sep>b", "a<sep>c"], "scores": [1, 0]}
 BAD_RECORDS = {
-    "no object": (5, "found the number 5, expected an object"),
+    "a number": (5, "found the number 5, expected an object"),
+    "a string": ("hello", 'found the string "hello", expected an object'),
     "text missing": ({"scores": [1, 0]}, 'field "text": found no such field .the record has scores., expected a list'),
+    "text of a number": (
+        GOOD | {"text": ["a<sep>b", 1]},
+        'field "text.1.": found the number 1, expected a non-empty string',
+    ),
     "text a string": (GOOD | {"text": "a<sep>b"}, 'field "text": found the string "a<sep>b", expected a list'),
     "text of null": (GOOD | {"text": ["a<sep>b", None]}, 'field "text.1.": found null, expected a non-empty string'),
+    "empty text": (GOOD | {"text": ["", "a<sep>b"]}, 'field "text.0.": found "", expected a non-empty string'),
     "blank text": (GOOD | {"text": ["a<sep>b", " "]}, 'field "text.1.": found the string " ", expected a non-empty'),
+    "scores missing": (
+        {"text": GOOD["text"]},
+        'field "scores": found no such field .the record has text., expected a list',
+    ),
     "scores shorter": (GOOD | {"scores": [1]}, 'field "scores": found 1 scores, expected 2'),
     "score a string": (
         GOOD | {"scores": [1, "0"]},
@@ -163,13 +173,17 @@ BAD_RECORDS = {
     ),
     "score true": (GOOD | {"scores": [True, 0]}, 'field "scores.0.": found true, expected a finite number'),
     "score NaN": (GOOD | {"scores": [float("nan"), 0]}, 'field "scores.0.": found the number nan, expected a finite'),
+    "score infinite": (
+        GOOD | {"scores": [float("inf"), 0]},
+        'field "scores.0.": found the number inf, expected a finite number',
+    ),
     "score too large": (GOOD | {"scores": [1, 10**400]}, 'field "scores.1.": found .*, at most 1e.38 in size'),
     "one response": ({"text": ["a<sep>b"], "scores": [1]}, 'field "text": found 1 response.s., expected at least two'),
     "no separator": (GOOD | {"text": ["a b", "a<sep>c"]}, 'field "text.0.": found no <sep>, expected one <sep>'),
     "two separators": (GOOD | {"text": ["a<sep>b", "<sep><sep>"]}, 'field "text.1.": found 2 <sep>, expected one'),
-    "half a character": (
+    "unpaired surrogate": (
         GOOD | {"text": ["a<sep>b", "a\ud800"]},
-        'field "text.1.": found half a surrogate pair at char',
+        'field "text.1.": found an unpaired surrogate at character 2',
     ),
     "query_id a list": (
         GOOD | {"query_id": [1]},
@@ -193,7 +207,7 @@ def test_wrong_record_is_reported_with_file_place_field_found_and_expected(tmp_p
     path = tmp_path / "a.json"
     path.write_text(json.dumps([GOOD, record]))
     with pytest.raises(InputError, match=f"^{path}: record 2: {message}") as error:
-        load_preference_data(path, "comparison_pair", add_sep_token=True)
+        list(iter_preference_data(path, "comparison_pair", add_sep_token=True))
     assert "\n" not in str(error.value)
 
 
@@ -208,7 +222,7 @@ QUERY = {"query_id": 1, "query": "a", "golden": " c", "sample_0": " b"}
         ("reject_sample", QUERY | {"query": " "}, 'field "query": found the string " ", expected a non-empty'),
         ("reject_sample", {"query_id": 1, "query": "a", "b": "c"}, 'field "sample_0": found no response .the record'),
         ("reject_sample", QUERY | {"sample_1": 3}, 'field "sample_1": found the number 3, expected a string'),
-        ("reject_sample", QUERY | {"sample_1": "\ud83d"}, 'field "sample_1": found half a surrogate pair'),
+        ("reject_sample", QUERY | {"sample_1": "\ud83d"}, 'field "sample_1": found an unpaired surrogate'),
         ("sampled", QUERY | {"sample_b": "c"}, 'field "sample_b": found no number after sample_'),
         ("sampled", QUERY | {"query": "a<sep>"}, 'field "query": found a text with <sep>'),
         ("golden", {"query_id": 1, "query": "a"}, 'field "golden": found no such field'),
@@ -255,6 +269,7 @@ def test_all_bad_records_are_counted_and_the_first_five_shown(tmp_path):
     "content, message",
     [
         (None, "no such file"),
+        (b"", "the file is empty or holds no records"),
         (b" \n\n", "the file is empty or holds no records"),
         (b"[]", "the file is empty or holds no records"),
         (b'[{"a": 1},\n {"b" 2}]', "broken JSON at line 2 column 7"),
@@ -270,7 +285,7 @@ def test_unreadable_file_is_reported(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=f"^{path}: {message}") as error:
-        read_records(path)
+        list(iter_preference_data(path, "comparison_pair"))
     assert "\n" not in str(error.value)
 
 

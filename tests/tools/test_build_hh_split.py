@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apo.cli import InputError
+from apo.prompts import normalize_space
 from apo.records import load_preference_data
 from tools import build_hh_split
 from tools.build_hh_split import (
@@ -21,7 +22,6 @@ from tools.build_hh_split import (
     MANIFEST,
     download,
     group_by_prompt,
-    normalize_space,
     partition,
     remove_prompts,
     split_dialogue,
@@ -166,7 +166,7 @@ RECORDS = st.fixed_dictionaries({"chosen": WORDS, "rejected": WORDS, "text": st.
 @given(
     st.lists(RECORDS, min_size=20, max_size=60), st.lists(RECORDS, max_size=8), st.integers(1, 9), st.integers(1, 4)
 )
-def test_no_prompt_is_on_two_sides(train_records, test_records, rm_size, valid_size):
+def test_no_prompt_is_in_two_parts(train_records, test_records, rm_size, valid_size):
     """For any data: no prompt in two parts, no pair lost or doubled, no part too large, and less than its size only
     where no prompt that fits is left.
     """
@@ -301,13 +301,14 @@ def test_failed_download_is_one_line(monkeypatch):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--train_data_path", "a.jsonl.gz"], "expected one of --test_data_path and --test_size"),
+        (["--train_data_path", "a.jsonl.gz"], "found neither --test_data_path nor --test_size"),
+        (["--test_data_path", "a.jsonl.gz", "--test_size", 5], "--test_size: not allowed with argument --test_data"),
         (["--test_size", 5], "without --train_data_path: the Hub has its own test files"),
         (
             ["--train_data_path", "a", "--test_size", 1, "--subsets", "helpful-base"],
-            "--subsets is for data from the Hub",
+            "--subsets: not allowed with argument --train_data_path",
         ),
-        (["--rm_size", 0], "--rm_size: found 0, expected at least 1"),
+        (["--rm_size", 0], "--rm_size: found 0, expected a whole number of at least 1"),
         (
             ["--train_data_path", "messages.json", "--test_size", 1],
             'record 1: field "chosen": found a list of 1, expect',

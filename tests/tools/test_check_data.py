@@ -322,7 +322,7 @@ def test_overlap_by_hand(tmp_path):
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def test_half_a_surrogate_pair_is_a_finding(tmp_path, run_main):
+def test_unpaired_surrogate_is_a_finding(tmp_path, run_main):
     """As a value and as the name of a field."""
     path, half = tmp_path / "a.json", "\\ud83d"  # which no file can hold
     path.write_text(f'[{{"text": "{half}", "scores": [1, 0]}}, {{"{half}": 1}}]')
@@ -384,7 +384,10 @@ def test_report_and_figure_are_written_and_a_broken_file_does_not_stop_the_other
     [
         ([], "nothing to check"),
         (["--eval_data_path", "none.json"], "none.json: no such file"),
-        (["--eval_data_path", __file__, "--max_length", 7], "--max_length 7: expected at least 8"),
+        (
+            ["--eval_data_path", __file__, "--max_length", 7],
+            "--max_length: found 7, expected a whole number of at least 8",
+        ),
         (["--eval_data_path", __file__, "--add_sep_token", "maybe"], "invalid choice: 'maybe'"),
     ],
 )

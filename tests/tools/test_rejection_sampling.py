@@ -57,7 +57,7 @@ def test_command_line_chooses_what_the_reference_chose(files, run_main, tmp_path
         tmp_path / "new" / "out",
     ]
     done = run_tool("rejection_sampling.py", *flags, "--output_file_name", "best.json", "--to_pairs")
-    assert done.stderr == f"WARNING: --rm_scorer rm has no effect: --score_path {rewards} is no folder\n"
+    assert done.stderr == f"WARNING: --rm_scorer rm has no effect: --score_path {rewards} is not a folder\n"
     folder = tmp_path / "new" / "out"
     records = read_json(folder / "best.json")
     assert [{k: r[k] for k in ("query_id", "target")} for r in records] == REFERENCE["rejection_sampling"]
