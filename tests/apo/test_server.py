@@ -10,7 +10,7 @@ from completion_server import SLOW, CompletionServer
 from apo import server as server_module
 from apo.cli import InputError
 from apo.prompts import Prompt
-from apo.server import ServerEngine, check_server_flags
+from apo.server import ServerEngine
 
 KEY = "sk-very-secret"
 
@@ -202,13 +202,6 @@ def test_messages_go_to_the_chat_endpoint(server):
 
 
 # ------------------------------------------------------------------------------------------------ flags
-
-
-def test_flags_that_name_no_server_are_refused(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    with pytest.raises(InputError, match="found neither --base_url nor OPENAI_API_KEY"):
-        check_server_flags(argparse.Namespace(base_url=None))
 
 
 def test_the_address_is_recorded_without_password(server):

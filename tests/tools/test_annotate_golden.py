@@ -109,7 +109,7 @@ def test_estimate_and_cost_by_hand():
     assert estimate_prompt_tokens([dialogue]) == 12
     cost = describe_cost(2_000_000, 1_000, (2.5, 10.0))
     assert cost == "2,000,000 prompt tokens and 1,000 completion tokens: 5.01 at the given prices"
-    assert describe_cost(1, 2, None) == "1 prompt tokens and 2 completion tokens"
+    assert describe_cost(1, 2, (None, None)) == "1 prompt tokens and 2 completion tokens"
 
 
 def test_refused_prompts_are_left_out_and_requested_by_the_next_run(annotate, server, tmp_path, caplog):
