@@ -75,7 +75,7 @@ class Engine(Protocol):
 
 
 def load_finished(store: ResultStore, fields: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Returns prompt key -> responses twice: those that earlier runs kept, and those of a finished result."""
+    """Returns the responses that earlier runs kept, and those of a finished result, both by the key of the prompt."""
     kept = store.load()  # before the result: the process that writes the result then deletes these
     records = store.load_result() or []
     written = {Prompt("", r["query_id"], r["query"]).key: [r[field] for field in fields] for r in records}

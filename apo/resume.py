@@ -32,11 +32,7 @@ def model_version(path: str, commit: str | None) -> str | None:
 
 
 def refuse_overwriting(data_path: str | Path, result_path: Path) -> None:
-    """Refuses a result that would replace the data it is made from.
-
-    Raises:
-        InputError: both paths lead to one file.
-    """
+    """Raises an InputError for a result that would replace the data it is made from."""
     if Path(data_path).resolve() == result_path.resolve():
         raise InputError(f"{result_path}: found the data to read where the result goes, expected another file for it")
 

@@ -149,18 +149,6 @@ def sampling_steps(decoding: Decoding, seeds: list[int], device: torch.device) -
     return steps
 
 
-def _tensors(token_ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pads B prompts on the left; returns ids and mask, both (B, T).
-
-    Each is padded with its own first token: attention is masked there, and the repetition penalty, which looks at the
-    set of tokens in a row, does not change.
-    """
-    width = max(map(len, token_ids))
-    rows = [ids[:1] * (width - len(ids)) + ids for ids in token_ids]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in token_ids]
-    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
-
-
 @torch.no_grad()
 def continue_prompts(
     model: PreTrainedModel,
@@ -172,9 +160,13 @@ def continue_prompts(
     stop: StopStringCriteria,
 ) -> list[str]:
     """Continues B prompts, `decoding.num_samples` times each; returns N texts, one for each seed, in order."""
-    input_ids, mask = _tensors(token_ids, model.device)  # (B, T)
+    num_tokens = max(map(len, token_ids))
+    # Padding is a prompt's own first token, so that the repetition penalty sees no other token.
+    padded = [ids[:1] * (num_tokens - len(ids)) + ids for ids in token_ids]
+    input_ids = torch.tensor(padded, device=model.device)  # (B, T)
+    mask = torch.tensor([[0] * (num_tokens - len(ids)) + [1] * len(ids) for ids in token_ids], device=model.device)
     cache = DynamicCache(config=model.config)
-    if input_ids.shape[1] > 1:  # reads a prompt once for all its responses, up to the last token, for generate()
+    if num_tokens > 1:  # reads a prompt once for all its responses, up to the last token, for generate()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         start = {"input_ids": input_ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
         model(**start, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -187,7 +179,7 @@ def continue_prompts(
         logits_processor=sampling_steps(decoding, seeds, model.device),
         stopping_criteria=StoppingCriteriaList([stop]),
     )
-    return tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(sequences[:, num_tokens:], skip_special_tokens=True)
 
 
 class LocalEngine:

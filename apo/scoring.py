@@ -32,9 +32,7 @@ def name_score_files(output_dir: str, eval_names: list[str], suffix: str) -> dic
         stem = name.replace("/", "_").split(".json")[0]
         path = Path(output_dir, f"{stem}_pred_{suffix}_results.json")
         if path in paths.values():
-            raise InputError(
-                f"--eval_data_path: found two files whose scores would go to {path}; score them separately"
-            )
+            raise InputError(f"--eval_data_path: found two files with scores for {path}; score them separately")
         paths[name] = path
     return paths
 
@@ -64,9 +62,9 @@ def score_dataset(trainer: RewardModelTrainer, dataset: Dataset, path: Path, set
                 keep(number, [rewards[i].tolist() for i in batches[int(number)]])
 
     def make_records(kept: dict[str, list[list[float]]]) -> list[dict[str, float]]:
-        rows = {
-            i: row for number, batch in enumerate(batches) for i, row in zip(batch, kept[str(number)], strict=True)
-        }
+        rows: dict[int, list[float]] = {}
+        for number, batch in enumerate(batches):
+            rows |= zip(batch, kept[str(number)], strict=True)
         return [
             {f"{query_id}:{key}": reward}
             for i, (query_id, keys) in enumerate(zip(dataset["query_id"], dataset["response_keys"], strict=True))

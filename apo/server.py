@@ -55,22 +55,15 @@ class ServerEngine:
     """
 
     def __init__(
-        self,
-        rendered: dict[Prompt, Any],
-        body: dict[str, Any],
-        flags: argparse.Namespace,
-        *,
-        num_samples: int,
-        seed: int | None,
+        self, rendered: dict[Prompt, Any], body: dict[str, Any], flags: argparse.Namespace, num_samples: int
     ) -> None:
         """Makes the client; connects to no server yet.
 
         Args:
             rendered: prompt -> its text, or the messages of a chat.
             body: the fields of all requests, but for prompt and seed.
-            flags: see `add_server_flags`.
+            flags: those of `add_server_flags`, and the `seed` of the run; without one requests have no seed.
             num_samples: responses of a prompt, each one request.
-            seed: of the run; None: requests have no seed.
 
         Raises:
             InputError: no server is named, or the address or the key cannot be one.
@@ -90,8 +83,7 @@ class ServerEngine:
         except Exception as error:  # the HTTP library has several types for a bad address
             raise InputError(f"--base_url {flags.base_url}: expected http://... ({error})") from error
         self._api_error = openai.APIError
-        self._rendered, self._body, self._num_samples, self._seed = rendered, body, num_samples, seed
-        self._concurrency, self._skip_refused = flags.concurrency, flags.skip_refused
+        self._rendered, self._body, self._flags, self._num_samples = rendered, body, flags, num_samples
         self.usage: Counter[str] = Counter()
         url = self._client.base_url
         self.base_url = f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")  # without a password
@@ -100,7 +92,7 @@ class ServerEngine:
         self.share = list(rendered)
 
     def generate(self, prompts: list[Prompt], keep: Callable[[Prompt, list[str]], None]) -> None:
-        """See `Engine`. After a failure or Ctrl-C no new prompt is sent; responses under way are awaited and kept.
+        """See `Engine`. After a failure or Ctrl-C no new prompt is sent; requests in progress are completed and kept.
 
         Raises:
             InputError: a request failed after its retries, or the server refused a prompt.
@@ -112,7 +104,7 @@ class ServerEngine:
                 responses = [self._request(prompt, sample) for sample in range(self._num_samples)]
             except RefusedPromptError as error:
                 place = f"{prompt.place}, id {prompt.query_id}"
-                if not self._skip_refused:
+                if not self._flags.skip_refused:
                     raise InputError(
                         f"{place}: the server refused it with {error}; fix it, or leave out such prompts with "
                         f"--skip_refused; {KEPT}"
@@ -123,20 +115,21 @@ class ServerEngine:
                 keep(prompt, [text for text, _ in responses])
                 self.usage += sum((usage for _, usage in responses), Counter())
 
-        pool = ThreadPoolExecutor(self._concurrency)
+        pool = ThreadPoolExecutor(self._flags.concurrency)
         try:
             for future in as_completed([pool.submit(respond, prompt) for prompt in prompts]):
                 future.result()
         except KeyboardInterrupt:
-            logger.warning("interrupted: waiting for the responses under way, which are kept")
+            logger.warning("interrupted: waiting for the requests in progress, whose responses are kept")
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
     def _request(self, prompt: Prompt, sample: int) -> tuple[str, Counter[str]]:
         """Returns the text and the usage of one response."""
-        seed = {} if self._seed is None else {"seed": derive_seed(self._seed, prompt.query_id, sample)}
-        body = self._body | seed
+        body = dict(self._body)
+        if self._flags.seed is not None:
+            body["seed"] = derive_seed(self._flags.seed, prompt.query_id, sample)
         text = self._rendered[prompt]
         try:
             if isinstance(text, str):

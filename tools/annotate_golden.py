@@ -9,7 +9,7 @@ writes the file that `tools/apo_data_converter.py --golden_data_path` reads, in 
 
 The largest possible cost is logged before the first request; `--dry_run` ends there. An interrupted run resumes when
 it is started again, and a finished one requests only prompts that are new or were changed since. After a failure and
-Ctrl-C responses under way are awaited and kept; only a kill loses these, at most `--concurrency` of them.
+Ctrl-C requests in progress are completed and kept; only a kill loses these, at most `--concurrency` of them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Messages = list[dict[str, str]]
 
 
 def estimate_prompt_tokens(dialogues: Iterable[Messages]) -> int:
-    """Estimates the prompt tokens of chats, rather too many: one token for 3 bytes, and 4 for each message."""
+    """Estimates the prompt tokens of chats, rather high: one token for 3 bytes, and 4 for each message."""
     messages = [message for dialogue in dialogues for message in dialogue]
     return sum(math.ceil(len(m["content"].encode()) / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE for m in messages)
 
@@ -97,7 +97,7 @@ def main() -> None:
     # ---- responses
     body = {"model": args.model, "max_completion_tokens": args.max_new_tokens}
     body |= {} if args.temperature is None else {"temperature": args.temperature}
-    engine = ServerEngine(dialogues, body, args, num_samples=1, seed=args.seed)
+    engine = ServerEngine(dialogues, body, args, num_samples=1)
     store = ResultStore(args.output_path, settings, notes=engine.notes)
     try:
         records = generate_responses(store, prompts, engine, fields=["golden"], stop_strings=GOLDEN_STOP_STRINGS)

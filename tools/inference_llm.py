@@ -36,9 +36,7 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
-    add(
-        "--model_name_or_path", required=True, help="folder or Hub name of the LLM; with openai its name on the server"
-    )
+    add("--model_name_or_path", required=True, help="folder or Hub name of the LLM, or its name on the server")
     add("--model_prefix", help="first part of the result's name (default: last part of the model's name)")
     add("--data_path", required=True, help="prompts: text-scores records, or records with a query")
     add("--data_type", choices=DATA_TYPES, help="reject_sample: records with a query (default: as the first record)")
@@ -52,9 +50,7 @@ def parse_args() -> argparse.Namespace:
         help="plain: as in the file; chat: the model's own (default: plain; llama-2-chat if that is the model_prefix)",
     )
     add("--seed", type=int, default=42, help="a server gets one for each response and may ignore it (default: 42)")
-    add = parser.add_argument_group(
-        "decoding", "defaults: for sampling / testing / sampling of LLaMA-2-chat"
-    ).add_argument
+    add = parser.add_argument_group("decoding", "default: sampling / testing / LLaMA-2-chat sampling").add_argument
     add("--num_samples", type=at_least(1), help="responses per prompt (default: 4 / 1 / 4)")
     add("--temperature", type=at_least(0.0), help="0: greedy (default: 1.2 / 0.3 / 0.6)")
     add("--top_k", type=at_least(0), help="0: all tokens (default: 50 / 5 / 50)")
@@ -63,12 +59,7 @@ def parse_args() -> argparse.Namespace:
     add("--max_new_tokens", type=at_least(1), help="tokens of a response (default: 256 / 512 / 256)")
     add = parser.add_argument_group("engine transformers").add_argument
     add("--max_length", type=at_least(1), default=512, help="prompt tokens; only the last are kept (default: 512)")
-    add(
-        "--per_device_eval_batch_size",
-        type=at_least(1),
-        default=8,
-        help="prompts at a time; in bfloat16 another number may change a token (default: 8)",
-    )
+    add("--per_device_eval_batch_size", type=at_least(1), default=8, help="prompts at a time (default: 8)")
     dtypes = ("auto", "float32", "bfloat16", "float16")
     add("--dtype", choices=dtypes, default="auto", help="auto: that of the checkpoint")
     add_server_flags(parser)
@@ -76,11 +67,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def settle(args: argparse.Namespace) -> Decoding:
-    """Fills in the defaults that depend on other flags, and returns how to decode.
-
-    Raises:
-        InputError: a value that cannot work.
-    """
+    """Fills in the defaults that depend on other flags, and returns how to decode, if that can work."""
     args.model_prefix = args.model_prefix or Path(args.model_name_or_path).name
     args.data_suffix = args.data_suffix or Path(args.data_path).name.split(".")[0]
     args.prompt_template = args.prompt_template or ("llama-2-chat" if args.model_prefix == "llama-2-chat" else "plain")
@@ -117,7 +104,7 @@ def make_engine(args: argparse.Namespace, decoding: Decoding, rendered: dict[Pro
         if count_processes() > 1:
             raise InputError(f"--engine openai in {count_processes()} processes: expected one; see --concurrency")
         body = request_body(args.model_name_or_path, args.prompt_template, decoding)
-        return ServerEngine(rendered, body, args, num_samples=decoding.num_samples, seed=args.seed)
+        return ServerEngine(rendered, body, args, decoding.num_samples)
 
     from apo.sampling import LocalEngine
     from models import load_config

@@ -60,7 +60,7 @@ def test_noise_of_a_row_depends_on_its_seed_and_step_only():
     assert torch.equal(GumbelNoise([2], torch.device("cpu"))(None, logits[:1]), first[1:2])
 
 
-def test_steps_come_in_the_order_of_transformers():
+def test_steps_have_the_order_of_transformers():
     names = [type(step).__name__ for step in sampling_steps(replace(DECODING, top_k=5, top_p=0.9), [1], "cpu")]
     assert names == ["TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "GumbelNoise"]
     assert len(sampling_steps(replace(DECODING, temperature=0, top_k=5), [1], "cpu")) == 0

@@ -53,7 +53,7 @@ def flags(model: object, data: Path, folder: Path, **changes: object) -> dict[st
 
 @pytest.fixture
 def sample(monkeypatch, base_llama, data, tmp_path):
-    """Runs the tool in this process and returns the path of its result; `rank` of `world` stands for torchrun."""
+    """Runs the tool in this process and returns the path of its result; torchrun sets `rank` and `world`."""
 
     def run(folder: str = "out", rank: int = 0, world: int = 1, **changes: object) -> Path:
         options = flags(base_llama, data, tmp_path / folder, **changes)
@@ -260,7 +260,7 @@ def test_chat_sends_messages_and_only_fields_that_openai_knows(sample, server):
     assert set(bodies[0]) == {"model", "messages", "temperature", "top_p", "max_tokens", "stop", "seed"}
 
 
-def test_a_run_that_lost_its_server_resumes_and_requests_nothing_twice(sample, server, capsys, tmp_path):
+def test_a_run_with_a_failing_server_resumes_and_requests_nothing_twice(sample, server, capsys, tmp_path):
     expected = sample("undisturbed", **on(server)).read_bytes()
     server.requests, server.failures = [], [""] * 6 + ["500"] * 99
     with pytest.raises(SystemExit) as ended:
