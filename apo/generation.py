@@ -8,19 +8,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from apo.cli import InputError, first_few
+from apo.launch import process_rank
 from apo.prompts import Prompt, count_cuts, format_response
 from apo.resume import Keep, ResultStore, complete_items
 
 logger = logging.getLogger(__name__)
-
-
-# ------------------------------------------------------------------------------------------------ decoding
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +34,6 @@ class Decoding:
     repetition_penalty: float
     max_new_tokens: int
 
-    def check(self) -> None:
-        """Refuses values that cannot work.
-
-        Raises:
-            InputError: with flag, value and what is expected.
-        """
-        for name, is_right, expected in (
-            ("num_samples", self.num_samples >= 1, "at least 1"),
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
-            ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "more than 0 (1 is none)"),
-            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
-        ):
-            if not is_right:
-                raise InputError(f"--{name} {getattr(self, name)}: expected {expected}")
-        if self.temperature == 0 and self.num_samples > 1:
-            raise InputError(
-                f"--temperature 0 --num_samples {self.num_samples}: expected 1, all would be the same response"
-            )
-
 
 # The reference's settings. Its sampling names no top_k; the transformers of its time then took 50.
 DECODING = {
@@ -68,14 +44,7 @@ DECODING = {
         num_samples=1, temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05, max_new_tokens=512
     ),
 }
-
-
-def default_decoding(task_type: str, template: str) -> Decoding:
-    """Returns the reference's settings for a task, `sampling` or `testing`, and a prompt template."""
-    decoding = DECODING[task_type]
-    if task_type == "sampling" and template == "llama-2-chat":
-        return replace(decoding, temperature=0.6, top_p=0.9)
-    return decoding
+LLAMA_2_CHAT_SAMPLING = replace(DECODING["sampling"], temperature=0.6, top_p=0.9)
 
 
 def derive_seed(seed: int, query_id: str, sample: int) -> int:
@@ -86,9 +55,6 @@ def derive_seed(seed: int, query_id: str, sample: int) -> int:
     """
     key = json.dumps([seed, query_id, sample]).encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:4], "big") >> 1
-
-
-# ------------------------------------------------------------------------------------------------ engines
 
 
 class Engine(Protocol):
@@ -108,31 +74,35 @@ class Engine(Protocol):
         """
 
 
+def load_finished(store: ResultStore, fields: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Returns the responses that earlier runs kept, and those of a finished result, both by the key of the prompt."""
+    kept = store.load()  # before the result: the process that writes the result then deletes these
+    records = store.load_result() or []
+    written = {Prompt("", r["query_id"], r["query"]).key: [r[field] for field in fields] for r in records}
+    return kept, written
+
+
 def generate_responses(
-    store: ResultStore,
-    prompts: list[Prompt],
-    engine: Engine | None,
-    *,
-    fields: list[str],
-    stop_strings: tuple[str, ...],
-    confirm: Callable[[dict[str, Prompt]], bool] = lambda todo: True,
-    progress: bool = True,
+    store: ResultStore, prompts: list[Prompt], engine: Engine, *, fields: list[str], stop_strings: tuple[str, ...]
 ) -> list[dict[str, str]] | None:
     """Generates the responses that earlier runs have not, and writes the records of all; see `complete_items`.
 
     Args:
         prompts: all prompts of the file.
-        engine: None only if `confirm` returns False.
         fields: the names of the responses in a record.
         stop_strings: where a text is cut.
-        confirm: is called with the unfinished prompts before the work, and ends the run by returning False.
 
     Returns:
         the records, see `make_records`; None if this run did not write them.
     """
-    num_cut = 0
+    kept, written = load_finished(store, fields)
+    if list(written) == [prompt.key for prompt in prompts]:
+        logger.info("%s already exists, with these settings; delete it to start again", store.result_path)
+        return None
 
     def work(todo: dict[str, Prompt], keep: Keep) -> None:
+        num_cut = 0
+
         def trim_and_keep(prompt: Prompt, texts: list[str]) -> None:
             nonlocal num_cut
             num_cut += count_cuts(texts, stop_strings)
@@ -145,13 +115,12 @@ def generate_responses(
     return complete_items(
         store,
         {prompt.key: prompt for prompt in prompts},
+        written | kept,
         work,
         lambda responses: make_records(prompts, responses, fields),
         noun="prompts",
-        read_record=lambda r: (Prompt("", r["query_id"], r["query"]).key, [r[field] for field in fields]),
-        share=engine and [prompt.key for prompt in engine.share],
-        confirm=confirm,
-        progress=progress,
+        share=[prompt.key for prompt in engine.share],
+        progress=process_rank() == 0,
     )
 
 
@@ -167,11 +136,8 @@ def make_records(prompts: list[Prompt], responses: dict[str, list[str]], fields:
     if len(refused) == len(prompts):
         raise InputError(f"the server refused all {len(prompts)} prompts; expected a response to at least one")
     if refused:
-        logger.warning(
-            "%d prompts refused by the server, left out: %s; the same command retries them",
-            len(refused),
-            first_few(refused),
-        )
+        message = "%d prompts refused by the server, left out: %s; the same command retries them"
+        logger.warning(message, len(refused), first_few(refused))
     return [
         {"query_id": prompt.query_id, "query": prompt.query} | dict(zip(fields, responses[prompt.key], strict=True))
         for prompt in prompts

@@ -32,11 +32,7 @@ def model_version(path: str, commit: str | None) -> str | None:
 
 
 def refuse_overwriting(data_path: str | Path, result_path: Path) -> None:
-    """Refuses a result that would replace the data it is made from.
-
-    Raises:
-        InputError: both paths lead to one file.
-    """
+    """Raises an InputError for a result that would replace the data it is made from."""
     if Path(data_path).resolve() == result_path.resolve():
         raise InputError(f"{result_path}: found the data to read where the result goes, expected another file for it")
 
@@ -121,18 +117,14 @@ class ResultStore:
             self.result_path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._own_path, "ab")  # noqa: SIM115  closed by close()
         except OSError as error:
-            raise InputError(
-                f"{self.result_path}: cannot be written ({error.strerror}), expected a place for the result and for "
-                "files beside it"
-            ) from error
+            expected = "expected a place for the result and for files beside it"
+            raise InputError(f"{self.result_path}: cannot be written ({error.strerror}), {expected}") from error
         self._file.write(b"\n" * (self._file.tell() > 0))  # ends an incomplete line
         if self.notes:
             self._write(self.notes)
 
     def append(self, key: str, values: list[Any]) -> None:
-        """Keeps an item."""
-        if self._file is None:
-            self.open()
+        """Keeps an item; call it after `open`."""
         self._write([key, values])
 
     def _write(self, line: Any) -> None:
@@ -160,14 +152,13 @@ class ResultStore:
 def complete_items(
     store: ResultStore,
     items: Mapping[str, Item],
+    done: dict[str, list[Any]],
     work: Callable[[dict[str, Item], Keep], None],
     make_records: Callable[[dict[str, list[Any]]], list[dict[str, Any]]],
     *,
     noun: str,
-    read_record: Callable[[dict[str, Any]], tuple[str, list[Any]]] | None = None,
     share: Collection[str] | None = None,
-    confirm: Callable[[dict[str, Item]], bool] = lambda todo: True,
-    progress: bool = True,
+    progress: bool,
 ) -> list[dict[str, Any]] | None:
     """Does the work that earlier runs have not done, keeps each finished item, and writes the result.
 
@@ -175,28 +166,19 @@ def complete_items(
 
     Args:
         items: all items by key, in order.
+        done: the values of the finished ones by key; others in it are ignored.
         work: gets the unfinished items of this process, maybe none, and the function that keeps the values of a key.
         make_records: values by key -> the records of the result. An item that `work` did not keep is missing.
         noun: what the items are, for messages.
-        read_record: a record of a finished result -> key and values; None: a finished result is made again.
         share: the keys of this process; None: all.
-        confirm: is called with the unfinished items before the work, and ends the run by returning False.
+        progress: whether this process shows a progress bar.
 
     Returns:
         the records; None if this run did not write them.
     """
-    done = store.load()
-    if read_record:
-        result = dict(map(read_record, store.load_result() or []))
-        if list(result) == list(items):
-            logger.info("%s already exists, with these settings; delete it to start again", store.result_path)
-            return None
-        done = result | done
     share = items.keys() if share is None else share
     todo = {key: items[key] for key in share if key not in done}
     store.log_state(sum(key in done for key in items), len(items), noun)
-    if not confirm(todo):
-        return None
     if todo:
         store.open()
     with tqdm(total=len(share), initial=len(share) - len(todo), unit=noun, disable=not (todo and progress)) as bar:
@@ -207,7 +189,7 @@ def complete_items(
 
         work(todo, keep)
     store.close()
-    done |= store.load()
+    done = done | store.load()
     if not items.keys() - share <= done.keys():
         if store.load_result() is None:
             logger.info("other processes have not finished their share; the last one writes the result")

@@ -1,15 +1,15 @@
 """Seeded sampling from an LLM on this machine: the same seed gives the same responses on any number of processes.
 
 Every response has its own random stream, seeded by the prompt's id and the number of the response. Batches are formed
-over the whole file, and processes share whole batches, so that any process computes the same responses, as long as it
-has the same number of threads. Another batch size changes the rounding: in float32 responses stay the same, but in
-bfloat16 a token may change.
+over the whole file, and processes share whole batches. Another number of threads or batch size changes the rounding:
+in float32 another batch size leaves responses the same, but in bfloat16 a token may change.
 
 B prompts, N = B x samples sequences, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -38,14 +38,11 @@ from transformers import (
 
 from apo.cli import InputError
 from apo.generation import Decoding, derive_seed
-from apo.launch import local_rank
+from apo.launch import count_processes, local_rank, process_rank
 from apo.prompts import Prompt, hash_prompts, stop_strings_of
 from apo.resume import model_version
 
 logger = logging.getLogger(__name__)
-
-
-# ------------------------------------------------------------------------------------------------ loading
 
 
 def _reason(error: Exception) -> str:
@@ -64,7 +61,7 @@ def load_tokenizer(path: str, template: str) -> PreTrainedTokenizerBase:
         raise InputError(f"{path}: no usable tokenizer ({_reason(error)})") from error
     if template == "chat" and not tokenizer.chat_template:
         raise InputError(f"{path}: found no chat template in the tokenizer; --prompt_template plain needs none")
-    tokenizer.model_max_length = int(1e30)  # no warning: check_positions compares lengths
+    tokenizer.model_max_length = int(1e30)  # no warning: LocalEngine compares lengths
     return tokenizer
 
 
@@ -89,9 +86,6 @@ def load_llm(path: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTr
     return model.eval().to(device)
 
 
-# ------------------------------------------------------------------------------------------------ tokenising, batching
-
-
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, rendered: list[Any], template: str, max_length: int
 ) -> list[list[int]]:
@@ -108,34 +102,19 @@ def tokenize(
                 f"the model's chat template refuses a prompt ({error}); --prompt_template plain needs none"
             ) from error
     token_ids = tokenizer(rendered, add_special_tokens=template != "chat").input_ids
-    num_cut = sum(len(ids) > max_length for ids in token_ids)
-    if num_cut:
-        logger.warning("%d of %d prompts cut to their last %d tokens", num_cut, len(token_ids), max_length)
-    return [ids if len(ids) <= max_length else _cut_front(ids, max_length, tokenizer) for ids in token_ids]
+    too_long = [ids for ids in token_ids if len(ids) > max_length]
+    for ids in too_long:
+        num_bos = int(ids[0] == tokenizer.bos_token_id)
+        del ids[num_bos : num_bos + len(ids) - max_length]
+    if too_long:
+        logger.warning("%d of %d prompts cut to their last %d tokens", len(too_long), len(token_ids), max_length)
+    return token_ids
 
 
-def _cut_front(ids: list[int], max_length: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    bos = ids[: ids[0] == tokenizer.bos_token_id]
-    return bos + ids[len(ids) - max_length + len(bos) :]
-
-
-def check_positions(token_ids: list[list[int]], max_new_tokens: int, num_positions: int) -> None:
-    """Refuses prompts that leave the model too few positions for the response."""
-    longest = max(map(len, token_ids))
-    if longest + max_new_tokens > num_positions:
-        raise InputError(
-            f"the longest prompt has {longest} tokens and --max_new_tokens is {max_new_tokens}, the model has "
-            f"{num_positions} positions; expected together at most that: lower --max_length or --max_new_tokens"
-        )
-
-
-def form_batches(token_ids: list[list[int]], batch_size: int) -> list[list[int]]:
-    """Groups prompts (indices) by length, the longest first: a batch that is too large for memory fails at once."""
-    order = sorted(range(len(token_ids)), key=lambda i: -len(token_ids[i]))
+def form_batches(token_ids: dict[Prompt, list[int]], batch_size: int) -> list[list[Prompt]]:
+    """Groups prompts by length, the longest first: a batch that is too large for memory fails at once."""
+    order = sorted(token_ids, key=lambda prompt: -len(token_ids[prompt]))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-# ------------------------------------------------------------------------------------------------ generating
 
 
 class GumbelNoise(LogitsProcessor):
@@ -170,18 +149,6 @@ def sampling_steps(decoding: Decoding, seeds: list[int], device: torch.device) -
     return steps
 
 
-def _tensors(token_ids: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pads B prompts on the left; returns ids and mask, both (B, T).
-
-    Each is padded with its own first token: attention is masked there, and the repetition penalty, which looks at the
-    set of tokens in a row, does not change.
-    """
-    width = max(map(len, token_ids))
-    rows = [ids[:1] * (width - len(ids)) + ids for ids in token_ids]
-    mask = [[0] * (width - len(ids)) + [1] * len(ids) for ids in token_ids]
-    return torch.tensor(rows, device=device), torch.tensor(mask, device=device)
-
-
 @torch.no_grad()
 def continue_prompts(
     model: PreTrainedModel,
@@ -193,9 +160,13 @@ def continue_prompts(
     stop: StopStringCriteria,
 ) -> list[str]:
     """Continues B prompts, `decoding.num_samples` times each; returns N texts, one for each seed, in order."""
-    input_ids, mask = _tensors(token_ids, model.device)  # (B, T)
+    num_tokens = max(map(len, token_ids))
+    # Padding is a prompt's own first token, so that the repetition penalty sees no other token.
+    padded = [ids[:1] * (num_tokens - len(ids)) + ids for ids in token_ids]
+    input_ids = torch.tensor(padded, device=model.device)  # (B, T)
+    mask = torch.tensor([[0] * (num_tokens - len(ids)) + [1] * len(ids) for ids in token_ids], device=model.device)
     cache = DynamicCache(config=model.config)
-    if input_ids.shape[1] > 1:  # reads a prompt once for all its responses, up to the last token, for generate()
+    if num_tokens > 1:  # reads a prompt once for all its responses, up to the last token, for generate()
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         start = {"input_ids": input_ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
         model(**start, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -208,46 +179,40 @@ def continue_prompts(
         logits_processor=sampling_steps(decoding, seeds, model.device),
         stopping_criteria=StoppingCriteriaList([stop]),
     )
-    return tokenizer.batch_decode(sequences[:, input_ids.shape[1] :], skip_special_tokens=True)
+    return tokenizer.batch_decode(sequences[:, num_tokens:], skip_special_tokens=True)
 
 
 class LocalEngine:
     """An `apo.generation.Engine` with an LLM on this machine, in one of several processes."""
 
     def __init__(
-        self,
-        path: str,
-        config: PreTrainedConfig,
-        rendered: dict[Prompt, Any],
-        *,
-        template: str,
-        decoding: Decoding,
-        seed: int,
-        max_length: int,
-        batch_size: int,
-        dtype: str,
-        rank: int,
-        num_processes: int,
+        self, rendered: dict[Prompt, Any], config: PreTrainedConfig, decoding: Decoding, flags: argparse.Namespace
     ) -> None:
-        """Tokenises all prompts of the file; `max_length` counts tokens of a prompt, `batch_size` prompts.
+        """Tokenises all prompts of the file: `rendered` has the text of each, or the messages of a chat.
 
         Raises:
             InputError: the tokenizer cannot be loaded, or the prompts do not fit the model.
         """
-        self.path, self.dtype, self.decoding, self.seed = path, dtype, decoding, seed
-        self.tokenizer = load_tokenizer(path, template)
-        self.stop_strings = stop_strings_of(template)
-        self.prompts = list(rendered)
-        self.token_ids = tokenize(self.tokenizer, list(rendered.values()), template, max_length)
-        check_positions(self.token_ids, decoding.max_new_tokens, config.max_position_embeddings)
-        self.batches = form_batches(self.token_ids, batch_size)[rank::num_processes]
-        self.share = [self.prompts[i] for batch in self.batches for i in batch]
+        self.path, self.template, self.dtype = flags.model_name_or_path, flags.prompt_template, flags.dtype
+        self.decoding, self.seed = decoding, flags.seed
+        self.tokenizer = load_tokenizer(self.path, self.template)
+        token_ids = tokenize(self.tokenizer, list(rendered.values()), self.template, flags.max_length)
+        self.token_ids = dict(zip(rendered, token_ids, strict=True))
+        num_tokens = max(map(len, token_ids)) + decoding.max_new_tokens
+        if num_tokens > config.max_position_embeddings:
+            raise InputError(
+                f"the longest prompt and its response can have {num_tokens} tokens, the model has "
+                f"{config.max_position_embeddings} positions; lower --max_length or --max_new_tokens"
+            )
+        batches = form_batches(self.token_ids, flags.per_device_eval_batch_size)
+        self.batches = batches[process_rank() :: count_processes()]
+        self.share = [prompt for batch in self.batches for prompt in batch]
         self.notes: dict[str, Any] = {}
         self.settings = {
-            "max_length": max_length,
-            "dtype": dtype,
-            "model_version": model_version(path, getattr(config, "_commit_hash", None)),
-            "prompts_sha256": hash_prompts(self.prompts),  # another prompt changes the batches
+            "max_length": flags.max_length,
+            "dtype": self.dtype,
+            "model_version": model_version(self.path, getattr(config, "_commit_hash", None)),
+            "prompts_sha256": hash_prompts(list(rendered)),  # another prompt changes the batches
         }
 
     def generate(self, prompts: list[Prompt], keep: Callable[[Prompt, list[str]], None]) -> None:
@@ -260,12 +225,13 @@ class LocalEngine:
             return
         todo, num_samples = set(prompts), self.decoding.num_samples
         model = load_llm(self.path, self.dtype, self.tokenizer)
-        stop = StopStringCriteria(self.tokenizer, list(self.stop_strings))  # once: it embeds the whole vocabulary
+        # Once, because it embeds the whole vocabulary.
+        stop = StopStringCriteria(self.tokenizer, list(stop_strings_of(self.template)))
         for batch in self.batches:
-            if todo.isdisjoint(self.prompts[i] for i in batch):
+            if todo.isdisjoint(batch):
                 continue
-            seeds = [derive_seed(self.seed, self.prompts[i].query_id, n) for i in batch for n in range(num_samples)]
-            ids = [self.token_ids[i] for i in batch]
+            seeds = [derive_seed(self.seed, prompt.query_id, n) for prompt in batch for n in range(num_samples)]
+            ids = [self.token_ids[prompt] for prompt in batch]
             try:
                 texts = continue_prompts(
                     model, self.tokenizer, token_ids=ids, seeds=seeds, decoding=self.decoding, stop=stop
@@ -275,6 +241,6 @@ class LocalEngine:
                     f"{len(batch)} prompts x {num_samples} responses at a time do not fit into the GPU's memory; "
                     "expected a smaller --per_device_eval_batch_size; finished responses are kept"
                 ) from error
-            for place, i in enumerate(batch):
-                if self.prompts[i] in todo:
-                    keep(self.prompts[i], texts[place * num_samples : (place + 1) * num_samples])
+            for i, prompt in enumerate(batch):
+                if prompt in todo:
+                    keep(prompt, texts[i * num_samples : (i + 1) * num_samples])

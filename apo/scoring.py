@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import ProgressCallback
@@ -15,7 +15,8 @@ from apo.resume import Keep, ResultStore, complete_items
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import TrainingArguments
+
+    from trainer import RewardModelTrainer
 
 BATCHES_PER_PART = 4  # that a process scores before their rewards are kept
 
@@ -31,32 +32,19 @@ def name_score_files(output_dir: str, eval_names: list[str], suffix: str) -> dic
         stem = name.replace("/", "_").split(".json")[0]
         path = Path(output_dir, f"{stem}_pred_{suffix}_results.json")
         if path in paths.values():
-            raise InputError(
-                f"--eval_data_path: found two files whose scores would go to {path}; score them separately"
-            )
+            raise InputError(f"--eval_data_path: found two files with scores for {path}; score them separately")
         paths[name] = path
     return paths
 
 
-class BatchScorer(Protocol):
-    """What scoring needs of a trainer. The processes that score together call it together."""
-
-    args: TrainingArguments
-
-    def is_world_process_zero(self) -> bool: ...
-    def remove_callback(self, callback: type) -> None: ...
-    def eval_batches(self, dataset: Dataset) -> list[list[int]]: ...  # indices of the records of each batch
-    def predict_batches(self, dataset: Dataset, batches: list[list[int]]) -> dict[int, Any]: ...  # -> rewards (R,)
-
-
-def score_dataset(trainer: BatchScorer, dataset: Dataset, path: Path, settings: dict[str, Any]) -> None:
+def score_dataset(trainer: RewardModelTrainer, dataset: Dataset, path: Path, settings: dict[str, Any]) -> None:
     """Writes one {"<query_id>:<response key>": reward} per response, in file order.
 
     The rewards of finished batches are kept. Batches depend neither on the number of processes nor on earlier runs, so
     the file is the same to the bit after any interruption, as long as a process has the same number of threads.
 
     Args:
-        trainer: with the reward model.
+        trainer: with the reward model; all processes call this function together.
         dataset: the responses, as `load_preference_dataset` returns them.
         path: the file to write; an old one is replaced at the end.
         settings: all that the rewards depend on.
@@ -74,9 +62,9 @@ def score_dataset(trainer: BatchScorer, dataset: Dataset, path: Path, settings: 
                 keep(number, [rewards[i].tolist() for i in batches[int(number)]])
 
     def make_records(kept: dict[str, list[list[float]]]) -> list[dict[str, float]]:
-        rows = {
-            i: row for number, batch in enumerate(batches) for i, row in zip(batch, kept[str(number)], strict=True)
-        }
+        rows: dict[int, list[float]] = {}
+        for number, batch in enumerate(batches):
+            rows |= zip(batch, kept[str(number)], strict=True)
         return [
             {f"{query_id}:{key}": reward}
             for i, (query_id, keys) in enumerate(zip(dataset["query_id"], dataset["response_keys"], strict=True))
@@ -87,9 +75,11 @@ def score_dataset(trainer: BatchScorer, dataset: Dataset, path: Path, settings: 
         work({}, lambda number, rewards: None)  # the main process sends the batches, and keeps the rewards
         return
     batches_sha256 = hashlib.sha256(json.dumps(batches).encode()).hexdigest()
+    store = ResultStore(path, {**settings, "batches_sha256": batches_sha256})
     complete_items(
-        ResultStore(path, {**settings, "batches_sha256": batches_sha256}),
+        store,
         {str(number): batch for number, batch in enumerate(batches)},
+        store.load(),
         work,
         make_records,
         noun="batches",

@@ -47,12 +47,6 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_server_flags(flags: argparse.Namespace) -> None:
-    """Raises an `InputError` if nothing names a server."""
-    if not (flags.base_url or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY")):
-        raise InputError("found neither --base_url nor OPENAI_API_KEY in the environment, expected one of them")
-
-
 class ServerEngine:
     """An `apo.generation.Engine` with an OpenAI-compatible server.
 
@@ -61,29 +55,23 @@ class ServerEngine:
     """
 
     def __init__(
-        self,
-        rendered: dict[Prompt, Any],
-        body: dict[str, Any],
-        flags: argparse.Namespace,
-        *,
-        num_samples: int,
-        seed: int | None,
+        self, rendered: dict[Prompt, Any], body: dict[str, Any], flags: argparse.Namespace, num_samples: int
     ) -> None:
         """Makes the client; connects to no server yet.
 
         Args:
             rendered: prompt -> its text, or the messages of a chat.
-            body: the fields that all requests have.
-            flags: see `add_server_flags`.
+            body: the fields of all requests, but for prompt and seed.
+            flags: those of `add_server_flags`, and the `seed` of the run; without one requests have no seed.
             num_samples: responses of a prompt, each one request.
-            seed: of the run; None: requests have no seed.
 
         Raises:
-            InputError: wrong flags, or a key that cannot be one.
+            InputError: no server is named, or the address or the key cannot be one.
         """
         import openai
 
-        check_server_flags(flags)
+        if not (flags.base_url or os.environ.get("OPENAI_BASE_URL") or os.environ.get("OPENAI_API_KEY")):
+            raise InputError("found neither --base_url nor OPENAI_API_KEY in the environment, expected one of them")
         for name in ("openai", "httpx", "httpx2"):
             logging.getLogger(name).setLevel(logging.WARNING)  # otherwise one line per request
         self._key = os.environ.get("OPENAI_API_KEY", "").strip() or NO_KEY
@@ -93,12 +81,9 @@ class ServerEngine:
         try:
             self._client = openai.OpenAI(api_key=self._key, **options)
         except Exception as error:  # the HTTP library has several types for a bad address
-            raise InputError(
-                f"--base_url {flags.base_url}: found no web address ({error}), expected http://..."
-            ) from error
+            raise InputError(f"--base_url {flags.base_url}: expected http://... ({error})") from error
         self._api_error = openai.APIError
-        self._rendered, self._body, self._num_samples, self._seed = rendered, body, num_samples, seed
-        self._concurrency, self._skip_refused = flags.concurrency, flags.skip_refused
+        self._rendered, self._body, self._flags, self._num_samples = rendered, body, flags, num_samples
         self.usage: Counter[str] = Counter()
         url = self._client.base_url
         self.base_url = f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")  # without a password
@@ -107,7 +92,7 @@ class ServerEngine:
         self.share = list(rendered)
 
     def generate(self, prompts: list[Prompt], keep: Callable[[Prompt, list[str]], None]) -> None:
-        """See `Engine`. After a failure or Ctrl-C no new prompt is sent; responses under way are awaited and kept.
+        """See `Engine`. After a failure or Ctrl-C no new prompt is sent; requests in progress are completed and kept.
 
         Raises:
             InputError: a request failed after its retries, or the server refused a prompt.
@@ -115,39 +100,36 @@ class ServerEngine:
         lock = threading.Lock()
 
         def respond(prompt: Prompt) -> None:
-            completions = [self._complete(prompt, sample) for sample in range(self._num_samples)]
+            try:
+                responses = [self._request(prompt, sample) for sample in range(self._num_samples)]
+            except RefusedPromptError as error:
+                place = f"{prompt.place}, id {prompt.query_id}"
+                if not self._flags.skip_refused:
+                    raise InputError(
+                        f"{place}: the server refused it with {error}; fix it, or leave out such prompts with "
+                        f"--skip_refused; {KEPT}"
+                    ) from None
+                logger.warning("%s: refused with %s", place, error)
+                return
             with lock:  # in the thread of the request: Ctrl-C cannot come between the response and the disk
-                keep(prompt, [text for text, _ in completions])
-                self.usage += sum((usage for _, usage in completions), Counter())
+                keep(prompt, [text for text, _ in responses])
+                self.usage += sum((usage for _, usage in responses), Counter())
 
-        pool = ThreadPoolExecutor(self._concurrency)
+        pool = ThreadPoolExecutor(self._flags.concurrency)
         try:
-            futures = {pool.submit(respond, prompt): prompt for prompt in prompts}
-            for future in as_completed(futures):
-                self._check(futures[future], future.exception())
+            for future in as_completed([pool.submit(respond, prompt) for prompt in prompts]):
+                future.result()
         except KeyboardInterrupt:
-            logger.warning("interrupted: waiting for the responses under way, which are kept")
+            logger.warning("interrupted: waiting for the requests in progress, whose responses are kept")
             raise
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _check(self, prompt: Prompt, error: BaseException | None) -> None:
-        if isinstance(error, RefusedPromptError):
-            place = f"{prompt.place}, id {prompt.query_id}"
-            if not self._skip_refused:
-                raise InputError(
-                    f"{place}: the server refused it with {error}; fix it, or leave out such prompts with "
-                    f"--skip_refused; {KEPT}"
-                )
-            logger.warning("%s: refused with %s", place, error)
-        elif error is not None:
-            raise error
-
-    def _complete(self, prompt: Prompt, sample: int) -> tuple[str, Counter[str]]:
-        """Sends the request of one response; returns its text and usage."""
+    def _request(self, prompt: Prompt, sample: int) -> tuple[str, Counter[str]]:
+        """Returns the text and the usage of one response."""
         body = dict(self._body)
-        if self._seed is not None:
-            body["seed"] = derive_seed(self._seed, prompt.query_id, sample)
+        if self._flags.seed is not None:
+            body["seed"] = derive_seed(self._flags.seed, prompt.query_id, sample)
         text = self._rendered[prompt]
         try:
             if isinstance(text, str):

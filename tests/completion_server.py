@@ -40,7 +40,7 @@ class CompletionServer(ThreadingHTTPServer):
     def base_url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}/v1"
 
-    def answered(self) -> list[dict[str, Any]]:
+    def completed(self) -> list[dict[str, Any]]:
         """The bodies of the requests that got a complete response."""
         return [request["body"] for request in self.requests if not request["failure"]]
 

@@ -9,7 +9,7 @@ writes the file that `tools/apo_data_converter.py --golden_data_path` reads, in 
 
 The largest possible cost is logged before the first request; `--dry_run` ends there. An interrupted run resumes when
 it is started again, and a finished one requests only prompts that are new or were changed since. After a failure and
-Ctrl-C responses under way are awaited and kept; only a kill loses these, at most `--concurrency` of them.
+Ctrl-C requests in progress are completed and kept; only a kill loses these, at most `--concurrency` of them.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error
-from apo.generation import generate_responses
-from apo.prompts import GOLDEN_STOP_STRINGS, Prompt, render_prompts
+from apo.generation import generate_responses, load_finished
+from apo.prompts import GOLDEN_STOP_STRINGS, render_prompts
 from apo.records import DATA_TYPES, load_prompts
 from apo.resume import ResultStore, refuse_overwriting
 from apo.server import ServerEngine, add_server_flags
@@ -36,21 +35,21 @@ Messages = list[dict[str, str]]
 
 
 def estimate_prompt_tokens(dialogues: Iterable[Messages]) -> int:
-    """Estimates the prompt tokens of chats, rather too many: one token for 3 bytes, and 4 for each message."""
+    """Estimates the prompt tokens of chats, rather high: one token for 3 bytes, and 4 for each message."""
     messages = [message for dialogue in dialogues for message in dialogue]
     return sum(math.ceil(len(m["content"].encode()) / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE for m in messages)
 
 
-def describe_cost(prompt_tokens: int, completion_tokens: int, prices: tuple[float, float] | None) -> str:
-    """Describes token counts and their cost at (input, output) prices per million."""
+def describe_cost(prompt_tokens: int, completion_tokens: int, prices: tuple[float | None, float | None]) -> str:
+    """Describes token counts, and if known their cost at (input, output) prices per million."""
     words = f"{prompt_tokens:,} prompt tokens and {completion_tokens:,} completion tokens"
-    if prices is None:
+    if None in prices:
         return words
     return f"{words}: {(prompt_tokens * prices[0] + completion_tokens * prices[1]) / 1e6:,.2f} at the given prices"
 
 
 def parse_args() -> argparse.Namespace:
-    """Reads the command line."""
+    """Reads the command line; raises an InputError if flags do not fit together."""
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--model", required=True, help="name of the model on the server")
@@ -65,30 +64,13 @@ def parse_args() -> argparse.Namespace:
     add("--price_per_million_output", type=at_least(0.0), help="price of a million completion tokens")
     add("--dry_run", action="store_true", help="estimate the cost, send no request")
     add_server_flags(parser)
-    return parser.parse_args()
-
-
-def check(args: argparse.Namespace) -> tuple[float, float] | None:
-    """Refuses values that cannot work, and returns the prices of input and output.
-
-    Raises:
-        InputError: with flag, value and what is expected.
-    """
-    prices = args.price_per_million_input, args.price_per_million_output
-    if (prices[0] is None) != (prices[1] is None):
+    args = parser.parse_args()
+    if (args.price_per_million_input is None) != (args.price_per_million_output is None):
         raise InputError("expected --price_per_million_input and --price_per_million_output together, found one")
     if args.output_path.suffix != ".json":
         raise InputError(f"--output_path {args.output_path}: expected a name that ends in .json")
     refuse_overwriting(args.data_path, args.output_path)
-    return None if None in prices else prices
-
-
-def log_usage(usage: Counter[str], max_new_tokens: int, prices: tuple[float, float] | None) -> None:
-    """Logs what this run has used, as counted by the server."""
-    cost = describe_cost(usage["prompt_tokens"], usage["completion_tokens"], prices)
-    logger.info("%d responses, %d requests retried, %s", usage["responses"], usage["retries"], cost)
-    if usage["truncated"]:
-        logger.warning("%d responses end at --max_new_tokens %d", usage["truncated"], max_new_tokens)
+    return args
 
 
 @exit_on_input_error
@@ -96,32 +78,36 @@ def main() -> None:
     """Parse -> prompts -> estimate of the cost -> responses -> result."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     args = parse_args()
-    prices = check(args)
+    prices = args.price_per_million_input, args.price_per_million_output
     prompts = load_prompts(args.data_path, args.data_type)
     system = [{"role": "system", "content": args.system_prompt}] if args.system_prompt else []
     rendered = render_prompts(args.data_path, prompts, "chat")
     dialogues = {prompt: system + messages for prompt, messages in zip(prompts, rendered, strict=True)}
-    settings = {
-        name: getattr(args, name) for name in ("model", "system_prompt", "temperature", "max_new_tokens", "seed")
-    }
-    body = {"model": args.model, "max_completion_tokens": args.max_new_tokens}
-    body |= {} if args.temperature is None else {"temperature": args.temperature}
-    engine = None if args.dry_run else ServerEngine(dialogues, body, args, num_samples=1, seed=args.seed)
-    store = ResultStore(args.output_path, settings, notes=engine and engine.notes)
+    names = ("model", "system_prompt", "temperature", "max_new_tokens", "seed")
+    settings = {name: getattr(args, name) for name in names}
 
-    def confirm(todo: dict[str, Prompt]) -> bool:
-        tokens = estimate_prompt_tokens(map(dialogues.get, todo.values())), len(todo) * args.max_new_tokens
-        logger.info("%d prompts to request, at most about %s", len(todo), describe_cost(*tokens, prices))
-        return not args.dry_run
+    # ---- estimate
+    kept, written = load_finished(ResultStore(args.output_path, settings), ["golden"])
+    todo = [prompt for prompt in prompts if prompt.key not in kept.keys() | written.keys()]
+    tokens = estimate_prompt_tokens(map(dialogues.get, todo)), len(todo) * args.max_new_tokens
+    logger.info("%d prompts to request, at most about %s", len(todo), describe_cost(*tokens, prices))
+    if args.dry_run:
+        return
 
     # ---- responses
+    body = {"model": args.model, "max_completion_tokens": args.max_new_tokens}
+    body |= {} if args.temperature is None else {"temperature": args.temperature}
+    engine = ServerEngine(dialogues, body, args, num_samples=1)
+    store = ResultStore(args.output_path, settings, notes=engine.notes)
     try:
-        records = generate_responses(
-            store, prompts, engine, fields=["golden"], stop_strings=GOLDEN_STOP_STRINGS, confirm=confirm
-        )
+        records = generate_responses(store, prompts, engine, fields=["golden"], stop_strings=GOLDEN_STOP_STRINGS)
     finally:
-        if engine and engine.usage:
-            log_usage(engine.usage, args.max_new_tokens, prices)
+        usage = engine.usage
+        if usage:
+            cost = describe_cost(usage["prompt_tokens"], usage["completion_tokens"], prices)
+            logger.info("%d responses, %d requests retried, %s", usage["responses"], usage["retries"], cost)
+        if usage["truncated"]:
+            logger.warning("%d responses end at --max_new_tokens %d", usage["truncated"], args.max_new_tokens)
     if records is not None:
         num_empty = sum(not record["golden"] for record in records)
         print(f"{args.output_path}: {len(records)} golden responses, {num_empty} of them empty")

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error
-from apo.generation import DECODING, Decoding, Engine, default_decoding, generate_responses
+from apo.generation import DECODING, LLAMA_2_CHAT_SAMPLING, Decoding, Engine, generate_responses
 from apo.launch import count_processes, process_rank
 from apo.prompts import TEMPLATES, Prompt, render_prompts, stop_strings_of
 from apo.records import DATA_TYPES, load_prompts
@@ -31,23 +31,12 @@ from apo.server import ServerEngine, add_server_flags
 
 logger = logging.getLogger("inference_llm")
 
-DECODING_HELP = {
-    "num_samples": "responses per prompt",
-    "temperature": "0: greedy; LLaMA-2-chat sampling: 0.6",
-    "top_k": "0: all tokens",
-    "top_p": "LLaMA-2-chat sampling: 0.9",
-    "repetition_penalty": "1: none",
-    "max_new_tokens": "tokens of a response",
-}
-
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
-    add(
-        "--model_name_or_path", required=True, help="folder or Hub name of the LLM; with openai its name on the server"
-    )
+    add("--model_name_or_path", required=True, help="folder or Hub name of the LLM, or its name on the server")
     add("--model_prefix", help="first part of the result's name (default: last part of the model's name)")
     add("--data_path", required=True, help="prompts: text-scores records, or records with a query")
     add("--data_type", choices=DATA_TYPES, help="reject_sample: records with a query (default: as the first record)")
@@ -60,57 +49,43 @@ def parse_args() -> argparse.Namespace:
         choices=TEMPLATES,
         help="plain: as in the file; chat: the model's own (default: plain; llama-2-chat if that is the model_prefix)",
     )
-    for field in fields(Decoding):
-        sampling, testing = (getattr(DECODING[task], field.name) for task in DECODING)
-        default = f"{DECODING_HELP[field.name]} (default: sampling {sampling}, testing {testing})"
-        add(f"--{field.name}", type=type(sampling), help=default)
-    add(
-        "--seed",
-        type=int,
-        default=42,
-        help="of all responses; a server gets one for each and may ignore it (default: 42)",
-    )
-    local = parser.add_argument_group("engine transformers")
-    local.add_argument(
-        "--max_length", type=at_least(1), default=512, help="prompt tokens; only the last are kept (default: 512)"
-    )
-    local.add_argument(
-        "--per_device_eval_batch_size",
-        type=at_least(1),
-        default=8,
-        help="prompts at a time; in bfloat16 another number may change a token (default: 8)",
-    )
-    local.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="auto: that of the checkpoint",
-    )
+    add("--seed", type=int, default=42, help="a server gets one for each response and may ignore it (default: 42)")
+    add = parser.add_argument_group("decoding", "default: sampling / testing / LLaMA-2-chat sampling").add_argument
+    add("--num_samples", type=at_least(1), help="responses per prompt (default: 4 / 1 / 4)")
+    add("--temperature", type=at_least(0.0), help="0: greedy (default: 1.2 / 0.3 / 0.6)")
+    add("--top_k", type=at_least(0), help="0: all tokens (default: 50 / 5 / 50)")
+    add("--top_p", type=at_least(0.0), help="1: all tokens (default: 1 / 0.85 / 0.9)")
+    add("--repetition_penalty", type=at_least(0.01), help="1: none (default: 1 / 1.05 / 1)")
+    add("--max_new_tokens", type=at_least(1), help="tokens of a response (default: 256 / 512 / 256)")
+    add = parser.add_argument_group("engine transformers").add_argument
+    add("--max_length", type=at_least(1), default=512, help="prompt tokens; only the last are kept (default: 512)")
+    add("--per_device_eval_batch_size", type=at_least(1), default=8, help="prompts at a time (default: 8)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="auto", help="auto: that of the checkpoint")
     add_server_flags(parser)
     return parser.parse_args()
 
 
 def settle(args: argparse.Namespace) -> Decoding:
-    """Fills in the defaults that depend on other flags, and returns how to decode.
-
-    Raises:
-        InputError: a value that cannot work.
-    """
+    """Fills in the defaults that depend on other flags, and returns how to decode, if that can work."""
     args.model_prefix = args.model_prefix or Path(args.model_name_or_path).name
     args.data_suffix = args.data_suffix or Path(args.data_path).name.split(".")[0]
     args.prompt_template = args.prompt_template or ("llama-2-chat" if args.model_prefix == "llama-2-chat" else "plain")
+    is_llama_2_chat = (args.task_type, args.prompt_template) == ("sampling", "llama-2-chat")
+    decoding = LLAMA_2_CHAT_SAMPLING if is_llama_2_chat else DECODING[args.task_type]
     given = {field.name: getattr(args, field.name) for field in fields(Decoding)}
-    default = default_decoding(args.task_type, args.prompt_template)
-    decoding = replace(default, **{name: value for name, value in given.items() if value is not None})
-    decoding.check()
+    decoding = replace(decoding, **{name: value for name, value in given.items() if value is not None})
+    if not 0 < decoding.top_p <= 1:
+        raise InputError(f"--top_p {decoding.top_p:g}: expected more than 0 and at most 1")
+    if decoding.temperature == 0 and decoding.num_samples > 1:
+        raise InputError(f"--temperature 0 --num_samples {decoding.num_samples}: expected 1, all would be the same")
     return decoding
 
 
 def request_body(model: str, template: str, decoding: Decoding) -> dict[str, Any]:
     """Returns the fields of all requests to a server."""
-    extra = {}  # vLLM and SGLang only: OpenAI's own models refuse these
-    if decoding.top_k:
-        extra["top_k"] = decoding.top_k
+    # Fields of vLLM and SGLang are sent only if they change something: OpenAI's own models refuse them.
+    extra = {"top_k": decoding.top_k} if decoding.top_k else {}
     if decoding.repetition_penalty != 1:
         extra["repetition_penalty"] = decoding.repetition_penalty
     return {
@@ -123,35 +98,18 @@ def request_body(model: str, template: str, decoding: Decoding) -> dict[str, Any
     }
 
 
-def make_engine(args: argparse.Namespace, decoding: Decoding, rendered: dict[Prompt, Any], rank: int) -> Engine:
-    """Returns the engine that the flags name, for rendered prompts.
-
-    Raises:
-        InputError: flags, model and prompts do not fit.
-    """
-    num_processes = count_processes()
+def make_engine(args: argparse.Namespace, decoding: Decoding, rendered: dict[Prompt, Any]) -> Engine:
+    """Returns the engine that the flags name; raises an InputError if flags, model and prompts do not fit."""
     if args.engine == "openai":
-        if num_processes > 1:
-            raise InputError(f"--engine openai in {num_processes} processes: expected one; use --concurrency instead")
+        if count_processes() > 1:
+            raise InputError(f"--engine openai in {count_processes()} processes: expected one; see --concurrency")
         body = request_body(args.model_name_or_path, args.prompt_template, decoding)
-        return ServerEngine(rendered, body, args, num_samples=decoding.num_samples, seed=args.seed)
+        return ServerEngine(rendered, body, args, decoding.num_samples)
 
     from apo.sampling import LocalEngine
     from models import load_config
 
-    return LocalEngine(
-        args.model_name_or_path,
-        load_config(args.model_name_or_path),
-        rendered,
-        template=args.prompt_template,
-        decoding=decoding,
-        seed=args.seed,
-        max_length=args.max_length,
-        batch_size=args.per_device_eval_batch_size,
-        dtype=args.dtype,
-        rank=rank,
-        num_processes=num_processes,
-    )
+    return LocalEngine(rendered, load_config(args.model_name_or_path), decoding, args)
 
 
 @exit_on_input_error
@@ -165,20 +123,15 @@ def main() -> None:
     refuse_overwriting(args.data_path, result_path)
     prompts = load_prompts(args.data_path, args.data_type)
     rendered = dict(zip(prompts, render_prompts(args.data_path, prompts, args.prompt_template), strict=True))
-    engine = make_engine(args, decoding, rendered, rank)
+    engine = make_engine(args, decoding, rendered)
 
     # ---- responses
     names = ("engine", "model_name_or_path", "task_type", "prompt_template", "seed")
     settings = {name: getattr(args, name) for name in names} | asdict(decoding) | engine.settings
     sample_fields = [f"sample_{i}" for i in range(decoding.num_samples)]
-    records = generate_responses(
-        ResultStore(result_path, settings, rank, engine.notes),
-        prompts,
-        engine,
-        fields=sample_fields,
-        stop_strings=stop_strings_of(args.prompt_template),
-        progress=rank == 0,
-    )
+    store = ResultStore(result_path, settings, rank, engine.notes)
+    stop_strings = stop_strings_of(args.prompt_template)
+    records = generate_responses(store, prompts, engine, fields=sample_fields, stop_strings=stop_strings)
     if records is None:
         return
 

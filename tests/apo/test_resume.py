@@ -14,6 +14,7 @@ RESPONSES = {"a": [" é", " two\nlines"], "b": ["", " x"], "c": []}
 
 def filled(folder, settings=SETTINGS, rank=0, responses=RESPONSES) -> ResultStore:
     store = ResultStore(folder / "x_results.json", settings, rank)
+    store.open()
     for query_id, texts in responses.items():
         store.append(query_id, texts)
     store.close()
@@ -108,8 +109,11 @@ def test_a_bad_path_is_an_error_before_the_work(tmp_path, name):
     assert "\n" not in str(caught.value)
 
 
-def squares(folder, share: list[str] | None = None, rank: int = 0, num_items: int | None = None, read=None):
-    """Squares 0 to 5 in the process of a rank, interrupted after `num_items`; returns the records and the work."""
+def squares(folder, share: list[str] | None = None, rank: int = 0, num_items: int | None = None):
+    """Squares 0 to 5 in the process of a rank, interrupted after `num_items`; returns the records and the work.
+
+    As in `generate_responses`, a finished result is not made again.
+    """
     seen: list[int] = []
 
     def work(todo: dict[str, int], keep) -> None:
@@ -124,14 +128,11 @@ def squares(folder, share: list[str] | None = None, rank: int = 0, num_items: in
 
     store = ResultStore(folder / "x.json", SETTINGS, rank)
     items = {str(number): number for number in range(6)}
-    records = complete_items(
-        store, items, work, make_records, noun="numbers", share=share, read_record=read, progress=False
-    )
+    done = store.load()
+    if store.load_result():
+        return None, seen
+    records = complete_items(store, items, done, work, make_records, noun="numbers", share=share, progress=False)
     return records, seen
-
-
-def read_square(record: dict) -> tuple[str, list[int]]:
-    return record["key"], [record["square"]]
 
 
 SQUARES = [{"key": str(number), "square": number**2} for number in range(6)]
@@ -148,17 +149,10 @@ def test_any_interruption_ends_with_the_same_file_and_no_work_twice(tmp_path_fac
                 squares(folder, order, rank=stop, num_items=stop)
             num_kept += stop
     assert not (folder / "x.json").exists()
-    results = [squares(folder, order[rank::num_processes], rank, read=read_square) for rank in range(num_processes)]
+    results = [squares(folder, order[rank::num_processes], rank) for rank in range(num_processes)]
     assert [records for records, _ in results if records] == [SQUARES] == [read_json(folder / "x.json")]
     assert sum(len(seen) for _, seen in results) == 6 - num_kept
     assert sorted(path.name for path in folder.iterdir()) == ["x.json", "x.settings.json"]
-
-
-def test_a_finished_result_is_read_if_it_can_be(tmp_path, caplog):
-    caplog.set_level("INFO")
-    assert squares(tmp_path)[1] == squares(tmp_path)[1] == list(range(6))
-    records, seen = squares(tmp_path, read=read_square)
-    assert records is None and seen == [] and "already exists, with these settings" in caplog.text
 
 
 def test_a_process_without_work_writes_nothing_while_others_are_at_work(tmp_path, caplog):

@@ -1,5 +1,6 @@
 """Seeded sampling: each response has its own random stream and depends on no other."""
 
+import argparse
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,6 @@ from apo.prompts import Prompt
 from apo.sampling import (
     GumbelNoise,
     LocalEngine,
-    check_positions,
     form_batches,
     load_llm,
     load_tokenizer,
@@ -60,7 +60,7 @@ def test_noise_of_a_row_depends_on_its_seed_and_step_only():
     assert torch.equal(GumbelNoise([2], torch.device("cpu"))(None, logits[:1]), first[1:2])
 
 
-def test_steps_come_in_the_order_of_transformers():
+def test_steps_have_the_order_of_transformers():
     names = [type(step).__name__ for step in sampling_steps(replace(DECODING, top_k=5, top_p=0.9), [1], "cpu")]
     assert names == ["TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "GumbelNoise"]
     assert len(sampling_steps(replace(DECODING, temperature=0, top_k=5), [1], "cpu")) == 0
@@ -133,22 +133,17 @@ def test_a_response_stops_at_a_stop_string_and_is_the_same_up_to_it(llm):
 
 
 @pytest.fixture
-def make_engine(base_llama):
-    def make(batch_size: int, rank: int = 0, num_processes: int = 1) -> LocalEngine:
+def make_engine(base_llama, monkeypatch):
+    """An engine in process `rank` of `world`."""
+
+    def make(batch_size: int, rank: int = 0, world: int = 1) -> LocalEngine:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world))
         rendered = {Prompt("", str(i), query): query for i, query in enumerate(QUERIES)}
-        return LocalEngine(
-            str(base_llama),
-            AutoConfig.from_pretrained(base_llama),
-            rendered,
-            template="plain",
-            decoding=replace(DECODING, num_samples=2),
-            seed=1,
-            max_length=64,
-            batch_size=batch_size,
-            dtype="float32",
-            rank=rank,
-            num_processes=num_processes,
-        )
+        flags = {"model_name_or_path": str(base_llama), "prompt_template": "plain", "dtype": "float32", "seed": 1}
+        flags |= {"max_length": 64, "per_device_eval_batch_size": batch_size}
+        config, decoding = AutoConfig.from_pretrained(base_llama), replace(DECODING, num_samples=2)
+        return LocalEngine(rendered, config, decoding, argparse.Namespace(**flags))
 
     return make
 
@@ -176,8 +171,8 @@ def test_without_prompts_no_model_is_loaded(make_engine, monkeypatch):
 
 
 def test_batches_hold_prompts_of_similar_length():
-    lengths = [3, 9, 1, 9, 4]
-    assert form_batches([[0] * n for n in lengths], 2) == [[1, 3], [4, 0], [2]]
+    token_ids = {name: [0] * n for name, n in {"a": 3, "b": 9, "c": 1, "d": 9, "e": 4}.items()}
+    assert form_batches(token_ids, 2) == [["b", "d"], ["e", "a"], ["c"]]
 
 
 def test_long_prompts_keep_bos_and_their_last_tokens(llm, caplog):
@@ -234,9 +229,3 @@ def test_a_reward_model_is_refused(base_llama, llm, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"lacks weights \(lm_head.weight\); expected a complete language model"):
         load_llm(str(tmp_path), "float32", llm[1])
-
-
-def test_prompts_must_leave_positions_for_the_response():
-    check_positions([[0] * 5], 3, 8)
-    with pytest.raises(InputError, match=r"longest prompt has 6 tokens .*8 positions; expected together at most that"):
-        check_positions([[0] * 5, [0] * 6], 3, 8)

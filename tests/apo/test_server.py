@@ -10,7 +10,7 @@ from completion_server import SLOW, CompletionServer
 from apo import server as server_module
 from apo.cli import InputError
 from apo.prompts import Prompt
-from apo.server import ServerEngine, check_server_flags
+from apo.server import ServerEngine
 
 KEY = "sk-very-secret"
 
@@ -24,9 +24,10 @@ def make_engine(server: CompletionServer, num_prompts=6, rendered=str, num_sampl
     """An engine for "prompt 0", "prompt 1", ..."""
     prompts = [Prompt(f"record {i + 1}", str(i), f"prompt {i}") for i in range(num_prompts)]
     default = {"base_url": server.base_url, "concurrency": 3, "timeout": 20, "max_retries": 4, "skip_refused": False}
+    default["seed"] = 1
     body = {"model": "m", "max_tokens": 4}
     flags = argparse.Namespace(**default | flags)
-    return ServerEngine({p: rendered(p.query) for p in prompts}, body, flags, num_samples=num_samples, seed=1)
+    return ServerEngine({p: rendered(p.query) for p in prompts}, body, flags, num_samples)
 
 
 def run(engine: ServerEngine) -> dict[str, list[str]]:
@@ -42,11 +43,11 @@ def undisturbed(one_server) -> dict:
     return run(make_engine(one_server.reset()))
 
 
-def test_failures_that_pass_are_retried_and_change_no_response(server, undisturbed):
+def test_temporary_failures_are_retried_and_change_no_response(server, undisturbed):
     server.failures = ["429", "", "500", "503", "cut", "", "cut"]
     engine = make_engine(server)
     assert run(engine) == undisturbed
-    assert len({(body["prompt"], body["seed"]) for body in server.answered()}) == len(server.answered()) == 12
+    assert len({(body["prompt"], body["seed"]) for body in server.completed()}) == len(server.completed()) == 12
     assert len(server.requests) == 17
     assert engine.usage == {
         "responses": 12,
@@ -90,7 +91,7 @@ def test_concurrency_is_an_upper_limit(server, monkeypatch):
         ("half", r"found a response that cannot be read \(JSONDecodeError", 1),
     ],
 )
-def test_a_failure_that_stays_is_one_line(server, failure, message, num_requests):
+def test_a_permanent_failure_is_one_line(server, failure, message, num_requests):
     server.failures = [failure] * 9
     with pytest.raises(InputError, match=message) as caught:
         run(make_engine(server, num_prompts=1, max_retries=2))
@@ -133,7 +134,7 @@ def test_without_a_key_messages_are_unchanged(server, monkeypatch):
         run(make_engine(server, num_prompts=1))
 
 
-# ------------------------------------------------------------------------------------------------ responses under way
+# ------------------------------------------------------------------------------------------------ interruptions
 
 
 def run_twenty(server: CompletionServer, keep) -> None:
@@ -141,7 +142,7 @@ def run_twenty(server: CompletionServer, keep) -> None:
     engine.generate(engine.share, keep)
 
 
-def test_responses_under_way_at_a_failure_are_kept(server):
+def test_requests_in_progress_at_a_failure_are_kept(server):
     """The second of three requests at a time fails for good."""
     server.failures = ["slow", "404", "slow"]
     kept = []
@@ -150,7 +151,7 @@ def test_responses_under_way_at_a_failure_are_kept(server):
     assert 2 <= len(kept) == len(server.requests) - 1 < 20
 
 
-def test_responses_under_way_at_ctrl_c_are_kept(server, monkeypatch, caplog):
+def test_requests_in_progress_at_ctrl_c_are_kept(server, monkeypatch, caplog):
     """Interrupted after the first response, while others are slow."""
     server.failures = ["", "slow", "slow"]
 
@@ -164,7 +165,7 @@ def test_responses_under_way_at_ctrl_c_are_kept(server, monkeypatch, caplog):
     with pytest.raises(KeyboardInterrupt):
         run_twenty(server, lambda prompt, _: kept.append(prompt.query))
     assert sorted(kept) == sorted(request["body"]["prompt"] for request in server.requests)
-    assert 3 <= len(kept) < 20 and "interrupted: waiting for the responses under way" in caplog.text
+    assert 3 <= len(kept) < 20 and "interrupted: waiting for the requests in progress" in caplog.text
 
 
 def test_a_response_that_cannot_be_kept_loses_no_other(server):
@@ -202,13 +203,6 @@ def test_messages_go_to_the_chat_endpoint(server):
 
 
 # ------------------------------------------------------------------------------------------------ flags
-
-
-def test_flags_that_name_no_server_are_refused(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
-    with pytest.raises(InputError, match="found neither --base_url nor OPENAI_API_KEY"):
-        check_server_flags(argparse.Namespace(base_url=None))
 
 
 def test_the_address_is_recorded_without_password(server):

@@ -62,7 +62,7 @@ def test_failures_change_nothing_and_are_counted(annotate, server, caplog):
     expected = annotate("undisturbed.json").read_bytes()
     server.requests, server.failures = [], ["429", "500", "cut", ""]
     assert annotate("disturbed.json").read_bytes() == expected
-    assert len(server.answered()) == 5
+    assert len(server.completed()) == 5
     assert "5 responses, 3 requests retried, 35 prompt tokens and 15 completion tokens" in caplog.text
     assert "5 responses end at --max_new_tokens 4" in caplog.text
 
@@ -75,10 +75,10 @@ def test_an_interrupted_run_pays_for_no_response_twice(annotate, server, capsys)
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert "error: " in error and "expected OPENAI_API_KEY to hold a key" in error and "very-secret" not in error
-    paid = [body["messages"] for body in server.answered()]
+    paid = [body["messages"] for body in server.completed()]
     server.requests, server.failures = [], []
     assert annotate().read_bytes() == expected
-    again = [body["messages"] for body in server.answered()]
+    again = [body["messages"] for body in server.completed()]
     assert len(paid) == 3 and len(again) == 2 and not [messages for messages in again if messages in paid]
     server.requests = []
     assert annotate().read_bytes() == expected and server.requests == []
@@ -91,7 +91,7 @@ def test_a_changed_system_prompt_requests_all_again(annotate, server):
     assert len(server.requests) == 5
 
 
-def test_the_estimate_comes_before_the_first_request(annotate, server, caplog, tmp_path):
+def test_the_estimate_is_logged_before_the_first_request(annotate, server, caplog, tmp_path):
     """Each prompt "What is 0?" is 10 bytes: 4 tokens, and 4 for the message; 5 x 8 = 40 in, 5 x 4 = 20 out; at
     0.02 and 0.1 a token: 0.8 + 2.0."""
     caplog.set_level("INFO")
@@ -109,7 +109,7 @@ def test_estimate_and_cost_by_hand():
     assert estimate_prompt_tokens([dialogue]) == 12
     cost = describe_cost(2_000_000, 1_000, (2.5, 10.0))
     assert cost == "2,000,000 prompt tokens and 1,000 completion tokens: 5.01 at the given prices"
-    assert describe_cost(1, 2, None) == "1 prompt tokens and 2 completion tokens"
+    assert describe_cost(1, 2, (None, None)) == "1 prompt tokens and 2 completion tokens"
 
 
 def test_refused_prompts_are_left_out_and_requested_by_the_next_run(annotate, server, tmp_path, caplog):
@@ -132,7 +132,7 @@ def test_a_changed_prompt_loses_no_other_response(annotate, server, tmp_path):
     server.refused_text = "What is 3"
     with pytest.raises(SystemExit):
         annotate(concurrency=1)
-    finished = [body["messages"] for body in server.answered()]
+    finished = [body["messages"] for body in server.completed()]
     assert 3 <= len(finished) <= 4
     changed = [*PROMPTS[:3], "\n\nHuman: What is three?\n\nAssistant:", PROMPTS[4]]
     write_records(tmp_path / "p.json", [pair(q, query_id=str(i)) for i, q in enumerate(changed)])

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from conftest import REPO_ROOT, command_line, free_port, pair, read_json, write_records
 
+from apo.generation import DECODING, LLAMA_2_CHAT_SAMPLING, Decoding
 from tools import inference_llm
 
 NAME = "llm_sampling_p"
@@ -51,7 +53,7 @@ def flags(model: object, data: Path, folder: Path, **changes: object) -> dict[st
 
 @pytest.fixture
 def sample(monkeypatch, base_llama, data, tmp_path):
-    """Runs the tool in this process and returns the path of its result; `rank` of `world` stands for torchrun."""
+    """Runs the tool in this process and returns the path of its result; torchrun sets `rank` and `world`."""
 
     def run(folder: str = "out", rank: int = 0, world: int = 1, **changes: object) -> Path:
         options = flags(base_llama, data, tmp_path / folder, **changes)
@@ -109,6 +111,16 @@ def test_defaults_are_those_of_the_task(sample, tmp_path):
     settings = read_json(tmp_path / "chat" / "llama-2-chat_sampling_p_results.settings.json")
     assert [settings[name] for name in names] == [4, 0.6, 50, 0.9, 1.0, 42]
     assert settings["prompt_template"] == "llama-2-chat"
+
+
+def test_help_states_the_defaults(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["inference_llm.py", "--help"])
+    with pytest.raises(SystemExit):
+        inference_llm.main()
+    text = " ".join(capsys.readouterr().out.split())
+    for field in fields(Decoding):
+        values = (getattr(decoding, field.name) for decoding in (*DECODING.values(), LLAMA_2_CHAT_SAMPLING))
+        assert f"(default: {' / '.join(f'{value:g}' for value in values)})" in text
 
 
 def test_responses_depend_on_the_seed_and_not_on_the_batch_size(sample):
@@ -248,7 +260,7 @@ def test_chat_sends_messages_and_only_fields_that_openai_knows(sample, server):
     assert set(bodies[0]) == {"model", "messages", "temperature", "top_p", "max_tokens", "stop", "seed"}
 
 
-def test_a_run_that_lost_its_server_resumes_and_requests_nothing_twice(sample, server, capsys, tmp_path):
+def test_a_run_with_a_failing_server_resumes_and_requests_nothing_twice(sample, server, capsys, tmp_path):
     expected = sample("undisturbed", **on(server)).read_bytes()
     server.requests, server.failures = [], [""] * 6 + ["500"] * 99
     with pytest.raises(SystemExit) as ended:
@@ -313,7 +325,13 @@ def test_the_key_is_in_no_file(sample, server, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"max_new_tokens": 510}, "512 positions; expected together at most that: lower --max_length or"),
+        ({"max_new_tokens": 510}, "512 positions; lower --max_length or --max_new_tokens"),
+        ({"num_samples": 0}, "--num_samples: found 0, expected a whole number of at least 1"),
+        ({"temperature": "nan"}, "--temperature: found nan"),
+        ({"temperature": 0}, "--temperature 0 --num_samples 2: expected 1"),
+        ({"top_p": 0}, "--top_p 0: expected more than 0"),
+        ({"top_p": 1.5}, "--top_p 1.5: expected more than 0"),
+        ({"repetition_penalty": 0}, "--repetition_penalty: found 0"),
         ({"engine": "openai"}, "found neither --base_url nor OPENAI_API_KEY"),
         ({"engine": "openai", "base_url": "http://a/v1", "world": 2}, "--engine openai in 2 processes: expected one"),
     ],
