@@ -15,8 +15,7 @@ from apo.resume import Keep, ResultStore, complete_items
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from trainer import RewardModelTrainer
+    from transformers import Trainer
 
 BATCHES_PER_PART = 4  # that a process scores before their rewards are kept
 
@@ -37,14 +36,14 @@ def name_score_files(output_dir: str, eval_names: list[str], suffix: str) -> dic
     return paths
 
 
-def score_dataset(trainer: RewardModelTrainer, dataset: Dataset, path: Path, settings: dict[str, Any]) -> None:
+def score_dataset(trainer: Trainer, dataset: Dataset, path: Path, settings: dict[str, Any]) -> None:
     """Writes one {"<query_id>:<response key>": reward} per response, in file order.
 
     The rewards of finished batches are kept. Batches depend neither on the number of processes nor on earlier runs, so
     the file is the same to the bit after any interruption, as long as a process has the same number of threads.
 
     Args:
-        trainer: with the reward model; all processes call this function together.
+        trainer: with `eval_batches` and `predict_batches`; all processes call this function together.
         dataset: the responses, as `load_preference_dataset` returns them.
         path: the file to write; an old one is replaced at the end.
         settings: all that the rewards depend on.
