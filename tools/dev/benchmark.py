@@ -124,7 +124,7 @@ def lengthen_prompts(rows: Iterable[Row], num_tokens: int) -> Iterator[Row]:
         first, last = min(row["input_ids"]), max(row["input_ids"])  # in sorted order: what they share, all share
         shared = common_prefix_length(np.array(first), np.array(last))
         if len(context) >= num_tokens and row["longest"] - shared <= SHORT_RESPONSE:
-            before = context[len(context) - max(0, num_tokens - shared) :]
+            before = context[shared:]
             sizes = {key: row[key] + len(before) for key in ("length", "longest")}
             yield {**row, **sizes, "input_ids": [ids[:1] + before + ids[1:] for ids in row["input_ids"]]}
         context = (context + row["input_ids"][0][1:-1])[-num_tokens:]
@@ -148,10 +148,10 @@ class Contestant:
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.create_optimizer())
         self.num_tokens = self.num_passes = self.operations_per_token = 0
         trainer.model.model.embed_tokens.register_forward_hook(self._count)
-        for name, module in trainer.model.named_modules():
+        for module_name, module in trainer.model.named_modules():
             if isinstance(module, nn.Linear):
                 # A backward pass takes twice a forward pass; that of the dropped LM head does not run.
-                passes = 1 if mode == "scoring" or name == "lm_head" else 3
+                passes = 1 if mode == "scoring" or module_name == "lm_head" else 3
                 self.operations_per_token += 2 * passes * module.weight.numel()
 
     def _count(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
@@ -207,17 +207,15 @@ def make_trainer(
     loading = {"seed": args.seed, "with_lm_head": name == "reference", "attention": attention}
     model = load_reward_model(path, config, tokenizer, settings, **loading)
     if name == "trl":
-        from trl import RewardConfig
-        from trl import RewardTrainer as TRLTrainer
+        from trl import RewardConfig, RewardTrainer
 
+        config = LlamaConfig.from_dict({**model.config.to_dict(), "num_labels": 1})
         with torch.device("meta"):
-            classifier = LlamaForSequenceClassification(
-                LlamaConfig.from_dict({**model.config.to_dict(), "num_labels": 1})
-            )
+            classifier = LlamaForSequenceClassification(config)
         classifier.model, classifier.score = model.model, model.reward_head
         trl_args = RewardConfig(**flags, max_length=settings.max_length, gradient_checkpointing=False)
         data = {"train_dataset": make_dataset(name, rows, args), "processing_class": tokenizer.hf_tokenizer}
-        return TRLTrainer(model=classifier, args=trl_args, **data)
+        return RewardTrainer(model=classifier, args=trl_args, **data)
     collator = RewardDataCollator(tokenizer.pad_token_id, batching=batching)
     if name == "reference":
         collator = functools.partial(pad_to_max_length, collator, settings.max_length)
@@ -297,11 +295,11 @@ def race(contestants: list[Contestant], rounds: list[list[Row]], args: argparse.
     weight = first.trainer.model.model.layers[0].mlp.up_proj.weight
     results: dict[str, list[dict]] = {contestant.name: [] for contestant in contestants}
     for i, groups in enumerate(rounds):
-        measured = [measure(contestant, groups, args) for contestant in contestants]
+        measured = {contestant.name: measure(contestant, groups, args) for contestant in contestants}
         rate = matrix_rate(first.num_tokens // first.num_passes, weight) / 1e12
-        for history, values in zip(results.values(), measured, strict=True):
-            shares = {"matrix_tflops_per_second": rate, "share_of_matrix_rate": values["tflops_per_second"] / rate}
-            history.append(values | shares)
+        for name, values in measured.items():
+            share = values["tflops_per_second"] / rate
+            results[name].append({**values, "matrix_tflops_per_second": rate, "share_of_matrix_rate": share})
         speeds = ", ".join(f"{name} {history[-1]['items_per_second']:.3g}" for name, history in results.items())
         print(f"round {i} of {args.rounds}: {speeds} items/s", file=sys.stderr)
     return {name: history[1:] for name, history in results.items()}
@@ -374,10 +372,8 @@ def run_workload(name: str, args: argparse.Namespace, model_path: str, work_dir:
     if args.mode == "training":
         rows = (row for row in rows if row["num_pairs"])
     rounds = draw_rounds(rows, 1 + args.rounds, args.batch_size * args.num_batches)
-    contestants = []
-    for contestant in args.contestants:
-        trainer = make_trainer(contestant, model_path, tokenizer, settings, rounds[0], args)
-        contestants.append(Contestant(contestant, trainer, args.mode))
+    loading = (model_path, tokenizer, settings, rounds[0], args)
+    contestants = [Contestant(key, make_trainer(key, *loading), args.mode) for key in args.contestants]
     return summarize(race(contestants, rounds, args))
 
 
