@@ -18,18 +18,14 @@ if TYPE_CHECKING:
 
 def new_figure(num_panels: int, width: float = 4.5, height: float = 3.5) -> tuple[Figure, list[Axes]]:
     """Returns a figure and its panels, side by side, each `width` x `height` inches."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes time that a command line without plots saves
 
     figure = Figure(figsize=(width * num_panels, height), layout="constrained")
     return figure, list(figure.subplots(1, num_panels, squeeze=False)[0])
 
 
 def save_figure(path: str | Path, figure: Figure) -> None:
-    """Writes a figure as PNG, whole or not at all.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
+    """Writes a figure as PNG; see `replacing`."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
 
@@ -51,22 +47,22 @@ def plot_training_curves(output_dir: str, log_history: list[dict[str, float]]) -
 
 
 def save_calibration(output_dir: str, name: str, curves: dict[int, dict[str, np.ndarray]]) -> None:
-    """Writes the reliability diagrams of one evaluation set, one per number of bins, as JSON and as PNG.
+    """Writes the reliability diagrams of one evaluation set to `calibration_<name>.json` and `.png`.
 
     Args:
-        output_dir: gets `calibration_<name>.json` and `.png`.
+        output_dir: folder of both files.
         name: of the evaluation set; `/` becomes `_`.
         curves: {number of bins: `trainer.calibration_curve`}.
     """
-    stem = Path(output_dir) / f"calibration_{name.replace('/', '_').removesuffix('.json')}"
+    stem = f"{output_dir}/calibration_{name.replace('/', '_').removesuffix('.json')}"
     numbers = {bins: {key: values.tolist() for key, values in curve.items()} for bins, curve in curves.items()}
-    write_json(stem.with_name(stem.name + ".json"), numbers)
+    write_json(f"{stem}.json", numbers)
     figure, axes = new_figure(len(curves))
     for (bins, curve), axis in zip(curves.items(), axes, strict=True):
         axis.plot([0, 1], [0, 1], linestyle=":", color="grey")
         axis.plot(curve["confidence"], curve["accuracy"], marker="o")
         axis.set(xlabel="predicted probability", ylabel="share preferred", title=f"{name}, {bins} bins")
-    save_figure(stem.with_name(stem.name + ".png"), figure)
+    save_figure(f"{stem}.png", figure)
 
 
 def plot_bars(path: str | Path, panels: dict[str, dict[str, float]], label: str) -> None:
@@ -82,13 +78,7 @@ def plot_bars(path: str | Path, panels: dict[str, dict[str, float]], label: str)
 
 
 def plot_best_of_n(path: Path, rows: list[dict[str, Any]], pairs: list[dict[str, str]]) -> None:
-    """Plots the expected reward of the best of n responses, and the lengths of chosen and rejected responses.
-
-    Args:
-        path: of the PNG.
-        rows: see `apo.selection.best_of_n`.
-        pairs: with "chosen" and "rejected".
-    """
+    """Plots the rows of `apo.selection.best_of_n`, and the lengths of "chosen" and "rejected" in `pairs`."""
     figure, (curve, histogram) = new_figure(2)
     counts, means = [row["n"] for row in rows], [row["mean"] for row in rows]
     low, high = zip(*(row["interval_95"] or (row["mean"], row["mean"]) for row in rows), strict=True)

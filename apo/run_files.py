@@ -16,23 +16,14 @@ PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sen
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int = 1) -> str:
-    """Returns a Markdown table that is also aligned in a terminal.
-
-    Args:
-        header: names of the columns.
-        rows: cells, as many in each row as the header has.
-        num_text_columns: columns aligned to the left; the others hold numbers and are aligned to the right.
-    """
-    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * width if i < num_text_columns else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-    lines = []
-    for cells in (header, rule, *rows):
-        padded = [
-            cell.ljust(width) if i < num_text_columns else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        lines.append(f"| {' | '.join(padded)} |")
-    return "\n".join(lines)
+    """Returns a Markdown table that is also aligned in a terminal: text to the left, numbers to the right."""
+    columns = []
+    for i, cells in enumerate(zip(header, *rows, strict=True)):
+        width = max(3, *map(len, cells))
+        is_text = i < num_text_columns
+        rule = "-" * width if is_text else "-" * (width - 1) + ":"
+        columns.append([f"{cell:{'<' if is_text else '>'}{width}}" for cell in (cells[0], rule, *cells[1:])])
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
 def git_commit() -> str:

@@ -13,11 +13,7 @@ Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a share, observed in `count` independent trials.
-
-    Returns:
-        (low, high) within [0, 1].
-    """
+    """Wilson's 95 % score interval (low, high) of a share that was observed in `count` independent trials."""
     assert 0 <= share <= 1 and count > 0, (share, count)
     spread = Z_95**2 / count
     center = (share + spread / 2) / (1 + spread)
@@ -26,13 +22,10 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 
 
 def mean_and_interval(values: np.ndarray) -> dict[str, Any]:
-    """Mean over prompts with its 95 % interval, mean +- 1.96 s / sqrt(N) with the sample deviation s.
-
-    Args:
-        values: (N,), one per prompt.
+    """Mean of (N,) values with its 95 % interval, mean +- 1.96 s / sqrt(N) with the sample deviation s.
 
     Returns:
-        "mean", and "interval_95" as [low, high], or None for a single prompt, which has none.
+        "mean", and "interval_95" as [low, high], or None for a single value.
     """
     mean = float(values.mean())
     if len(values) < 2:

@@ -16,17 +16,12 @@ from apo.run_files import format_table
 from apo.statistics import wilson_interval
 from reward_datasets import name_datasets
 
-RESULTS_FILE = "final_eval_results.json"
 COLUMNS = ("evaluation set", "run", "accuracy %", "95 % interval", "pairs", "ties", "margin")
 
 
-def read_results(run_dir: str | Path) -> dict[str, dict[str, float]]:
-    """Reads the metrics of a run on each evaluation set, {set: {metric: value}}.
-
-    Raises:
-        InputError: the file is missing, is not JSON, or is not an object of objects.
-    """
-    path = Path(run_dir) / RESULTS_FILE
+def read_results(run_dir: str) -> dict[str, dict[str, float]]:
+    """Reads the metrics of a run on each evaluation set, {set: {metric: value}}."""
+    path = Path(run_dir, "final_eval_results.json")
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the --output_dir of a run that evaluated")
     try:
@@ -44,27 +39,15 @@ def format_row(name: str, run: str, metrics: dict[str, float], bins: int) -> tup
     num_pairs = found.get("pairs", 0)
     if not num_pairs:
         return (name, run, "-", "-", "0", "-", "-", "-")
-    low, high = wilson_interval(found["accuracy"], num_pairs)
+    accuracy = found["accuracy"]
+    interval = "{:.1f} to {:.1f}".format(*(100 * bound for bound in wilson_interval(accuracy, num_pairs)))
     ece = found.get(f"calibration_ECE_bin{bins}")
-    return (
-        name,
-        run,
-        f"{100 * found['accuracy']:.1f}",
-        f"{100 * low:.1f} to {100 * high:.1f}",
-        str(num_pairs),
-        str(found["ties"]),
-        f"{found['margin']:.3f}",
-        "-" if ece is None else f"{ece:.3f}",
-    )
+    last = (f"{found['margin']:.3f}", "-" if ece is None else f"{ece:.3f}")
+    return (name, run, f"{100 * accuracy:.1f}", interval, str(num_pairs), str(found["ties"]), *last)
 
 
 def compare(results: dict[str, dict[str, dict[str, float]]], bins: int) -> list[tuple[str, ...]]:
-    """Rows of the table: one evaluation set after another, each with all its runs.
-
-    Args:
-        results: {run: {set: {metric: value}}}.
-        bins: number of bins of the calibration error to show.
-    """
+    """Rows of the table, from {run: {set: {metric: value}}}: one set after another, each with all its runs."""
     names = dict.fromkeys(name for sets in results.values() for name in sets)
     return [format_row(name, run, sets[name], bins) for name in names for run, sets in results.items() if name in sets]
 
@@ -72,7 +55,7 @@ def compare(results: dict[str, dict[str, dict[str, float]]], bins: int) -> list[
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = OneLineParser(description=__doc__)
-    parser.add_argument("run_dirs", nargs="+", help=f"output folders of runs, each with a {RESULTS_FILE}")
+    parser.add_argument("run_dirs", nargs="+", help="output folders of runs that evaluated")
     parser.add_argument("--bins", type=int, default=10, help="bins of the calibration error (default: 10)")
     return parser.parse_args()
 

@@ -16,8 +16,8 @@ import argparse
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
@@ -27,7 +27,7 @@ from apo.records import SEPARATOR
 REPO_ROOT = Path(__file__).resolve().parents[2]
 TEXTS = yaml.safe_load(Path(__file__).with_name("sample_texts.yaml").read_text(encoding="utf-8"))
 
-NUM_SAMPLES = 4
+NUM_SAMPLED = 4  # sampled responses per prompt
 LABEL_NOISE = 0.1  # share of human pairs whose labels are swapped
 # Human pairs per split, and how many of their prompts also get golden and sampled responses (RM training: all).
 RM_PROMPTS, LLM_PROMPTS = 440, 110
@@ -45,16 +45,14 @@ HUMAN_PREFERENCES = {
 }
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """The subject of a question, and four steps that answer it."""
 
     name: str
     steps: list[str]
 
 
-@dataclass(frozen=True)
-class Prompt:
+class Prompt(NamedTuple):
     """A dialogue that ends in `Assistant:`, and the task that it asks about."""
 
     query_id: str
@@ -81,27 +79,22 @@ def concrete_steps(rng: random.Random, task: Task) -> str:
 
 
 def join_parts(*parts: str) -> str:
-    """The parts that are not empty as one response; like HH responses it starts with a space."""
+    """Joins the parts that are not empty; like HH responses the text starts with a space."""
     return "".join(f" {part}" for part in parts if part)
 
 
-def make_response(rng: random.Random, task: Task, polite: bool, concrete: bool) -> str:
-    """A response without a flaw, of the given manner and content."""
+def make_response(rng: random.Random, task: Task, polite: bool = True, concrete: bool = True) -> str:
+    """A response without a flaw; a golden response is polite and concrete."""
     manner = "polite" if polite else "rude"
     opener, closer = rng.choice(TEXTS[f"{manner}_openers"]), rng.choice(TEXTS[f"{manner}_closers"])
     return join_parts(opener, concrete_steps(rng, task) if concrete else rng.choice(TEXTS["empty_talk"]), closer)
 
 
-def make_golden(rng: random.Random, task: Task) -> str:
-    """A golden response: polite and concrete."""
-    return make_response(rng, task, polite=True, concrete=True)
-
-
 def repeat_step(rng: random.Random, task: Task, other: Task) -> str:
     """Repeats one step."""
     step = rng.choice(task.steps)
-    link = rng.choice((", then", " and", ", and then"))
-    repeats = link.join([f" {step}"] * rng.randint(3, 4)).strip()
+    link = rng.choice((", then ", " and ", ", and then "))
+    repeats = link.join([step] * rng.randint(3, 4))
     return join_parts(rng.choice(TEXTS["polite_openers"]), f"First {repeats}.", rng.choice(TEXTS["polite_closers"]))
 
 
@@ -126,7 +119,7 @@ def change_subject(rng: random.Random, task: Task, other: Task) -> str:
 
 def answer_another_question(rng: random.Random, task: Task, other: Task) -> str:
     """A good response to another question; hard to see without comparing it with the prompt."""
-    return make_golden(rng, other)
+    return make_response(rng, other)
 
 
 # flaw -> how often
@@ -149,28 +142,29 @@ def make_sampled(rng: random.Random, task: Task, tasks: list[Task]) -> str:
 
 def human_records(rng: random.Random, prompts: list[Prompt]) -> list[dict]:
     """One comparison pair per prompt, in the text-scores format; a share of `LABEL_NOISE` has swapped labels."""
-    wrong = set(rng.sample(range(len(prompts)), round(LABEL_NOISE * len(prompts))))
+    wrong = rng.sample(range(len(prompts)), round(LABEL_NOISE * len(prompts)))
     records = []
     for index, prompt in enumerate(prompts):
         qualities = rng.choices(list(HUMAN_PREFERENCES), weights=list(HUMAN_PREFERENCES.values()))[0]
         responses = [make_response(rng, prompt.task, *quality) for quality in qualities]
         text = [prompt.query + SEPARATOR + response for response in responses]
-        text = text[::-1] if index in wrong else text
-        records.append({"text": text, "scores": [1.0, 0.0], "query_id": prompt.query_id})
+        records.append(
+            {"text": text[::-1] if index in wrong else text, "scores": [1.0, 0.0], "query_id": prompt.query_id}
+        )
     return records
 
 
 def golden_records(rng: random.Random, prompts: list[Prompt]) -> list[dict]:
     """One golden response per prompt."""
-    return [{"query_id": p.query_id, "query": p.query, "golden": make_golden(rng, p.task)} for p in prompts]
+    return [{"query_id": p.query_id, "query": p.query, "golden": make_response(rng, p.task)} for p in prompts]
 
 
-def sample_records(rng: random.Random, prompts: list[Prompt], tasks: list[Task]) -> list[dict]:
-    """`NUM_SAMPLES` sampled responses per prompt; their flaws borrow from `tasks` only."""
+def sampled_records(rng: random.Random, prompts: list[Prompt], tasks: list[Task]) -> list[dict]:
+    """`NUM_SAMPLED` sampled responses per prompt; their flaws borrow from `tasks` only."""
     records = []
-    for prompt in prompts:
-        samples = {f"sample_{i}": make_sampled(rng, prompt.task, tasks) for i in range(NUM_SAMPLES)}
-        records.append({"query_id": prompt.query_id, "query": prompt.query, **samples})
+    for query_id, query, task in prompts:
+        responses = {f"sample_{i}": make_sampled(rng, task, tasks) for i in range(NUM_SAMPLED)}
+        records.append({"query_id": query_id, "query": query, **responses})
     return records
 
 
@@ -196,11 +190,11 @@ def make_sample_data(seed: int) -> dict[str, list[dict]]:
         "eval_data/hh_split_llm.valid.json": human_records(rng, valid),
         "eval_data/hh_cleaned_origin.test.json": human_records(rng, test),
         "rm_data/hh_split_rm.golden.json": golden_records(rng, rm),
-        "rm_data/hh_split_rm_llm_v0.sample.json": sample_records(rng, rm, train_tasks),
+        "rm_data/hh_split_rm_llm_v0.sample.json": sampled_records(rng, rm, train_tasks),
         "eval_data/hh_split_llm_valid.golden.json": golden_records(rng, valid[:VALID_GOLDEN]),
-        "eval_data/hh_split_llm_valid_llm_v0.sample.json": sample_records(rng, valid[:VALID_GOLDEN], valid_tasks),
+        "eval_data/hh_split_llm_valid_llm_v0.sample.json": sampled_records(rng, valid[:VALID_GOLDEN], valid_tasks),
         "eval_data/hh_cleaned_origin_test.golden.json": golden_records(rng, test[:TEST_GOLDEN]),
-        "eval_data/hh_cleaned_origin_test_llm_v0.sample.json": sample_records(rng, test[:TEST_GOLDEN], test_tasks),
+        "eval_data/hh_cleaned_origin_test_llm_v0.sample.json": sampled_records(rng, test[:TEST_GOLDEN], test_tasks),
     }
 
 

@@ -16,9 +16,9 @@ from tools.dev.benchmark import (
     format_race,
     lengthen_prompts,
     main,
+    make_dataset,
     matrix_rate,
     pad_to_max_length,
-    split_pairs,
     summarize,
 )
 
@@ -31,16 +31,19 @@ FLAGS |= {"threads": 1}
 
 def test_group_of_three_makes_two_pairs_preferred_first():
     group = {"input_ids": [[1], [2], [3]], "scores": [0.1, 0.9, 0.1], "is_apo": True, "num_pairs": 2}
-    pairs = split_pairs(group)
+    args = SimpleNamespace(mode="training", seed=42)
+    assert make_dataset("tree", [group], args).to_list() == [group]
+    pairs = sorted(make_dataset("padded", [group], args).to_list(), key=lambda pair: pair["input_ids"])
     assert [pair["input_ids"] for pair in pairs] == [[[2], [1]], [[2], [3]]]
     assert all(pair["scores"] == [0.9, 0.1] and pair["num_pairs"] == 1 and pair["is_apo"] for pair in pairs)
+    for pair in make_dataset("trl", [group], args):
+        assert [pair["chosen_ids"], pair["rejected_ids"]] == pair["input_ids"]
 
 
 def test_rounds_take_other_rows_while_there_are_any():
-    rows = [{"query_id": i} for i in range(10)]
-    assert draw_rounds(rows, 3, 4) == [rows[:4], rows[4:8], rows[:4]]
+    assert draw_rounds(range(10), 3, 4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
     with pytest.raises(InputError, match="found 10 items, expected 12"):
-        draw_rounds(rows, 1, 12)
+        draw_rounds(range(10), 1, 12)
 
 
 def test_long_prompts_have_the_given_length_and_short_responses():
@@ -92,9 +95,9 @@ def test_operations_are_two_per_weight_and_token_and_three_times_that_in_trainin
 
 
 def test_matrix_rate_is_the_operations_of_the_median_product(monkeypatch):
-    """Products of 0.5, 0.25 and 0.25 s and of a second in all: (2 x 3 x 4 x 5 operations) / 0.25 s."""
-    times = iter([0.0, 0.5, 1.0, 1.25, 2.0, 2.25])
-    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    """(2 x 3 x 4 x 5 operations) / 0.25 s."""
+    median = SimpleNamespace(median=0.25)
+    monkeypatch.setattr("tools.dev.benchmark.Timer.blocked_autorange", lambda timer, min_run_time: median)
     assert matrix_rate(3, torch.ones(5, 4)) == 2 * 3 * 4 * 5 / 0.25
 
 
@@ -121,7 +124,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, **flags: object) -> None:
 @pytest.mark.slow
 def test_all_ways_to_train_compute_the_same_loss(tmp_path, base_llama):
     """Pairs of 2 rows of 96 tokens for the reference, whether the two prompts have one pair each or four."""
-    contestants = ["tree", "padded", "padded_groups", "reference", *["trl"] * bool(importlib.util.find_spec("trl"))]
+    contestants = ["tree", "padded", "reference", *["trl"] * bool(importlib.util.find_spec("trl"))]
     workloads = ["hh_pairs", "apo_groups"]
     flags = {"output_dir": tmp_path, "model_name_or_path": base_llama, "workload": workloads, **FLAGS}
     done = run_tool("dev/benchmark.py", *command_line(contestants=contestants, **flags))
@@ -162,12 +165,11 @@ def test_wrong_input_ends_in_one_line(tmp_path, monkeypatch, capsys, flags, mess
     assert not (tmp_path / "out").exists()
 
 
-def test_trl_is_left_out_where_it_is_not_installed(tmp_path, monkeypatch, capsys):
+def test_trl_takes_part_only_where_it_is_installed(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
-        run_main(monkeypatch, output_dir=tmp_path, data_dir="nowhere")
-    output = capsys.readouterr()
-    assert "trl is left out" in output.out and "nowhere: found no rm_data" in output.err
+        run_main(monkeypatch, output_dir=tmp_path, contestants=["trl"])
+    assert "--mode training has tree, padded, reference\n" in capsys.readouterr().err
 
 
 def test_table_has_the_columns_that_were_measured():
