@@ -332,8 +332,8 @@ def check_output_dir(args: RewardTrainingArguments) -> None:
         args.resume_from_checkpoint = None
         if checkpoints:
             raise InputError(
-                f"{args.output_dir} holds checkpoints of another run ({checkpoints[-1].name}); choose another "
-                "--output_dir, or resume with --resume_from_checkpoint true"
+                f"{args.output_dir} holds checkpoints of an earlier run ({checkpoints[-1].name}); choose another "
+                "--output_dir, delete them, or resume with --resume_from_checkpoint true"
             )
         return
     while resume.lower() == "true" and checkpoints and not _is_complete(checkpoints[-1]):

@@ -45,6 +45,7 @@ def train_and_save(trainer: RewardModelTrainer) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         write_results(trainer.args.output_dir, "train", metrics)
+        logger.info("model and results: %s", trainer.args.output_dir)
 
 
 def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset]) -> dict[str, dict[str, float]]:

@@ -84,3 +84,4 @@ def score_dataset(trainer: Trainer, dataset: Dataset, path: Path, settings: dict
         noun="batches",
         progress=not trainer.args.disable_tqdm,
     )
+    print(f"{path}: rewards of the responses of {len(dataset)} records")

@@ -29,6 +29,7 @@ else
         check_model "$MODEL"
     else
         make_tiny_llama
+        echo "MODEL is not set: a random LLaMA responds, its responses are noise" >&2
         MODEL=outputs/tiny_llama OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # more threads make a model this small slower
         flags+=(--max_new_tokens 32)
     fi

@@ -168,7 +168,7 @@ def make_checkpoints(folder, *names, complete=True):
 
 def test_new_run_in_a_folder_with_checkpoints_is_refused(tmp_path):
     make_checkpoints(tmp_path, "checkpoint-9", "checkpoint-10")
-    with pytest.raises(InputError, match=r"O holds checkpoints of another run \(checkpoint-10\)") as error:
+    with pytest.raises(InputError, match=r"O holds checkpoints of an earlier run \(checkpoint-10\)") as error:
         parse(**TRAINING)
     assert "--resume_from_checkpoint true" in str(error.value)
 

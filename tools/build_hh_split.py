@@ -1,4 +1,4 @@
-"""Builds the hh-split layout (data/README.md) from Anthropic's hh-rlhf: RM, LLM, validation and test, by prompt.
+"""Builds the hh-split layout (docs/data.md) from Anthropic's hh-rlhf: RM, LLM, validation and test, by prompt.
 
 example:
     python tools/build_hh_split.py --output_dir data/hh-split
