@@ -76,8 +76,8 @@ tags: [reward-model, preference-learning, adversarial-preference-optimization]
 Reward model, trained from `{base_model}` with the preference losses of arXiv:2311.08045.
 A reward is an unbounded scalar; only differences between responses to the same prompt have a meaning.
 
-Scoring: `python train.py --task_type inference --model_name_or_path <this folder> --data_type reject_sample \
---eval_data_path <file> --output_dir <folder>`; the settings below are read from `config.json`.
+Scoring: `python train.py --task_type inference --model_name_or_path MODEL_FOLDER --data_type reject_sample \
+--eval_data_path samples.json --output_dir scores`; the settings below are read from `config.json`.
 
 {settings_table}
 
