@@ -103,15 +103,29 @@ def after_quickstart(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-def test_own_data_are_trained_scored_and_selected(after_quickstart):
-    """The commands as they are in the README, in one shell."""
-    script = "".join(bash_blocks(section(README, "Your own data")))
+def run_in_shell(script: str, folder: Path) -> None:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT), "PATH": path}
     command = ["bash", "-euo", "pipefail", "-c", script]
-    done = subprocess.run(command, cwd=after_quickstart, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+@pytest.mark.slow
+def test_round_samples_trains_and_scores(after_quickstart):
+    """The commands as they are in the README, in one shell."""
+    run_in_shell(bash_blocks(section(README, "Reproduce the paper"))[-1], after_quickstart)
+    outputs = after_quickstart / "outputs"
+    [samples] = (outputs / "samples").glob("*_results.json")
+    [rewards] = (outputs / "scores").glob("*_pred_rm_apo_results.json")
+    assert len(read_json(rewards)) == 4 * len(read_json(samples)) == 4 * 440
+    assert (outputs / "round" / "rm_apo" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_own_data_are_trained_scored_and_selected(after_quickstart):
+    """The commands as they are in the README, in one shell."""
+    run_in_shell("".join(bash_blocks(section(README, "Your own data"))), after_quickstart)
     outputs = after_quickstart / "outputs" / "mine"
     assert (outputs / "rm" / "model.safetensors").is_file()
     samples = [json.loads(line) for line in (outputs / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
