@@ -67,8 +67,13 @@ def prepare_deepspeed(device_type: str) -> None:
 
 
 def end_distributed() -> None:
-    """Closes the connections to the other processes, if there are any."""
+    """Waits for the other processes, if there are any, and closes the connections to them.
+
+    gloo's threads release the tensors of a collective after it returns, and abort the process if the interpreter ends
+    at that moment (PyTorch issue 190489). The barrier has no tensors, and gives them the time.
+    """
     from torch import distributed
 
     if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
         distributed.destroy_process_group()
