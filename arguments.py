@@ -218,10 +218,7 @@ class _FlagParser(OneLineParser, HfArgumentParser):
 
 
 def read_run_file(path: str) -> list[str]:
-    """Returns the settings of a YAML run file as the words of a command line.
-
-    `{"max_length": 512, "eval_data_path": ["a.json", "b.json"], "seed": null}` is `--max_length 512 --eval_data_path
-    a.json b.json`.
+    """Returns the settings of a YAML run file as the words of a command line; a null is a flag that is not given.
 
     Raises:
         InputError: no such file, no YAML, no mapping of names to values, or a name that occurs twice.

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from apo.cli import exit_on_input_error, sha256_of_file, write_json
-from apo.launch import end_distributed, prepare_deepspeed, set_ranks_of_one_process, setup_logging
+from apo.launch import exit_worker, prepare_deepspeed, set_ranks_of_one_process, setup_logging
 from reward_datasets import RewardDataCollator, load_preference_dataset, merge_training_data, name_datasets
 
 if TYPE_CHECKING:
@@ -171,8 +171,8 @@ def main() -> None:
             plot_training_curves(args.output_dir, trainer.state.log_history)
             write_model_card(args.output_dir, model_path, asdict(settings), results)
     trainer.end()
-    end_distributed()
 
 
 if __name__ == "__main__":
     main()
+    exit_worker()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import socket
@@ -66,14 +67,16 @@ def prepare_deepspeed(device_type: str) -> None:
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
-def end_distributed() -> None:
-    """Waits for the other processes, if there are any, and closes the connections to them.
+def exit_worker() -> None:
+    """Closes the process group, and ends one process of several without interpreter teardown.
 
-    gloo's threads release the tensors of a collective after it returns, and abort the process if the interpreter ends
-    at that moment (PyTorch issue 190489). The barrier has no tensors, and gives them the time.
+    In that teardown gloo's threads, which DeepSpeed keeps alive, can abort the process (PyTorch issue 190489).
     """
     from torch import distributed
 
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.barrier()
+    if distributed.is_initialized():
         distributed.destroy_process_group()
+    if count_processes() > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)

@@ -1,26 +1,47 @@
 """How a process starts and ends."""
 
 import os
+import subprocess
+import sys
 
+import pytest
+from conftest import REPO_ROOT
+
+from apo.launch import set_ranks_of_one_process
+
+ENDS = """
+import atexit, os
 import torch.distributed as dist
+from apo.launch import exit_worker, set_ranks_of_one_process
 
-from apo.launch import end_distributed, set_ranks_of_one_process
+class Kept:
+    def __del__(self):
+        print("teardown")
 
-NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+kept = Kept()
+atexit.register(print, "exit handler")
+set_ranks_of_one_process()
+dist.init_process_group("gloo")
+os.environ["WORLD_SIZE"] = "{world_size}"
+exit_worker()
+print(dist.is_initialized())
+"""
 
 
-def test_process_without_launcher_becomes_a_run_of_one_and_ends_it(monkeypatch):
+def test_process_without_launcher_becomes_a_run_of_one(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     set_ranks_of_one_process()
-    ranks = dict(os.environ)
-    assert (ranks["RANK"], ranks["LOCAL_RANK"], ranks["WORLD_SIZE"]) == ("0", "0", "1")
-    monkeypatch.undo()
-    for name in NAMES:
-        monkeypatch.setenv(name, ranks[name])
-    dist.init_process_group("gloo")
-    end_distributed()
-    assert not dist.is_initialized()
-    end_distributed()  # nothing to end
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["0", "0", "1"]
+    assert {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+@pytest.mark.parametrize(("world_size", "printed"), [(1, "False\nexit handler\nteardown\n"), (2, "exit handler\n")])
+def test_worker_closes_its_group_and_skips_the_teardown_if_it_is_one_of_several(world_size, printed):
+    """Exit handlers run in both cases."""
+    command = [sys.executable, "-c", ENDS.format(world_size=world_size)]
+    environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
+    done = subprocess.run(command, env=environment, cwd=REPO_ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, printed), done.stderr
 
 
 def test_ranks_of_a_launcher_are_kept(monkeypatch):
