@@ -158,16 +158,12 @@ class RewardTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False  # every step uses every weight; a search takes time
 
     def _check_loss(self) -> None:
-        least = {
-            "apo_loss_coeff": 0,
-            "rm_kl_coeff": 0,
-            "lm_loss_coeff": 0,
-            "apo_sample_num": 1,
-            "eval_token_budget": 1,
-        }
-        for name, value in ((name, getattr(self, name)) for name in least):
-            if value is not None and not value >= least[name]:
-                raise InputError(f"--{name} {value}: expected {least[name]} or more")
+        least_values = dict.fromkeys(("apo_loss_coeff", "rm_kl_coeff", "lm_loss_coeff"), 0)
+        least_values |= dict.fromkeys(("apo_sample_num", "eval_token_budget"), 1)
+        for name, least in least_values.items():
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise InputError(f"--{name} {value}: expected {least} or more")
         if min(self.calibration_bins) < 1:
             raise InputError(f"--calibration_bins {self.calibration_bins}: expected numbers of 1 or more")
         if self.task_type == "apo" and self.apo_loss_coeff == 0:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import glob
 import logging
 import os
 import socket
 import sys
+import time
 import warnings
+from pathlib import Path
 
-# load_reward_model logs where the reward head came from and refuses missing weights; a CPU is no accident.
+logger = logging.getLogger(__name__)
+
+# Messages of libraries that repeat what is logged or refused here anyway.
 REDUNDANT = ("LOAD REPORT", "Setting accelerator to CPU")
 
 
@@ -61,10 +67,31 @@ def prepare_deepspeed(device_type: str) -> None:
     """Makes DeepSpeed find its build tool, and use gloo where there is no accelerator."""
     # Another `ninja` earlier on the path would compile everything anew, and an environment need not be activated.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    remove_stale_build_locks()
     if device_type == "cpu":
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+def remove_stale_build_locks() -> None:
+    """Deletes the locks that killed builds of PyTorch extensions left: every later run would wait for them forever.
+
+    PyTorch keeps a lock open while it builds, so that one which no process has open is stale.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in root.glob("**/lock"):
+        open_files = set()
+        for file in glob.iglob("/proc/[0-9]*/fd/*"):
+            with contextlib.suppress(OSError):  # of another user, or closed by now
+                open_files.add(os.readlink(file))
+        with contextlib.suppress(FileNotFoundError):  # another process deletes it too
+            is_old = time.time() - lock.stat().st_mtime > 5  # before, its process may not have opened it
+            if is_old and str(lock.resolve()) not in open_files:
+                lock.unlink()
+                logger.warning("%s: deleted, the build that made it was killed", lock)
 
 
 def exit_worker() -> None:

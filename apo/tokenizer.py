@@ -107,9 +107,7 @@ def load_reward_tokenizer(
             raise InputError(f"{path}: the tokenizer has no bos or no eos token; expected both")
         pad_token_id, sep_token_id = _settle_roles(hf_tokenizer, sentencepiece_path, config)
         hf_tokenizer.pad_token = hf_tokenizer.convert_ids_to_tokens(pad_token_id)
-        hf_tokenizer.model_max_length = int(
-            1e30
-        )  # lengths are checked elsewhere; this avoids a warning for every long text
+        hf_tokenizer.model_max_length = int(1e30)  # no warning for long texts: they are truncated later
         return RewardTokenizer(hf_tokenizer, sentencepiece_path, backend, pad_token_id, sep_token_id)
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, InputError):

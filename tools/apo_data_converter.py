@@ -101,11 +101,12 @@ def check_same_prompts(golden: Responses, sampled: Responses) -> None:
         if found != expected:
             start = next(i for i, (x, y) in enumerate(itertools.zip_longest(found, expected)) if x != y)
             problems.append(
-                f'id {query_id}: field "query": found, from character {start + 1} on, {describe(found[start:])}, '
-                f"expected {describe(expected[start:])} as in --golden_data_path"
+                f'{sampled[query_id].place}: id {query_id}: field "query": found, from character {start + 1} on, '
+                f"{describe(found[start:])}, expected {describe(expected[start:])} as in {golden[query_id].place} of "
+                "--golden_data_path"
             )
     if problems:
-        raise InputError(f"--sample_data_path: {len(problems)} ids with two prompts: {first_few(problems)}")
+        raise InputError(f"--sample_data_path: prompts differ from --golden_data_path: {first_few(problems)}")
 
 
 def convert(

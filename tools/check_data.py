@@ -17,7 +17,6 @@ are a finding; two training files share prompts on purpose (golden and sampled r
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import itertools
 import json
@@ -37,7 +36,7 @@ import numpy as np
 from apo.cli import NUM_SHOWN, BadField, InputError, OneLineParser, at_least, exit_on_input_error, write_json
 from apo.figures import plot_lengths_and_batching
 from apo.prompts import normalize_space
-from apo.records import PreferenceRecord, iter_parsed, iter_records, parse_record, record_kind
+from apo.records import PreferenceRecord, iter_parsed, parse_record, record_kind
 from apo.statistics import wilson_interval
 from reward_datasets import (
     RewardDataCollator,
@@ -99,11 +98,16 @@ class FileCheck:
 
 def check_records(check: FileCheck, add_sep_token: bool) -> Iterator[tuple[str, PreferenceRecord]]:
     """Checks the texts of each good record, also after a bad one, and yields it with its place."""
+    kind = ""
+
+    def parse(raw: dict[str, Any], default_id: str) -> PreferenceRecord:
+        nonlocal kind
+        kind = kind or record_kind(raw)  # that of the first record
+        return parse_record(raw, default_id, kind=kind, add_sep_token=add_sep_token)
+
     try:
-        kind = record_kind(next(iter_records(check.path))[1])
-        check.kind = KINDS[kind]
-        parse = functools.partial(parse_record, kind=kind, add_sep_token=add_sep_token)
         for place, record in iter_parsed(check.path, parse):
+            check.kind = KINDS[kind]
             if isinstance(record, BadField):
                 check.findings.add("bad_records", f"{place}: {record}")
             else:
@@ -335,8 +339,7 @@ def load_tokenizer(path: str, flags: dict[str, Any]) -> tuple[RewardTokenizer, d
 
     config = load_config(path)
     settings = resolve_settings(config, **flags)
-    tokenizer = load_reward_tokenizer(path, config, settings.tokenizer_backend)
-    return tokenizer, {name: getattr(settings, name) for name in flags}
+    return load_reward_tokenizer(path, config, settings.tokenizer_backend), settings.sequence_settings
 
 
 @exit_on_input_error

@@ -88,14 +88,9 @@ def request_body(model: str, template: str, decoding: Decoding) -> dict[str, Any
     extra = {"top_k": decoding.top_k} if decoding.top_k else {}
     if decoding.repetition_penalty != 1:
         extra["repetition_penalty"] = decoding.repetition_penalty
-    return {
-        "model": model,
-        "temperature": decoding.temperature,
-        "top_p": decoding.top_p,
-        "max_tokens": decoding.max_new_tokens,
-        "stop": list(stop_strings_of(template)),
-        "extra_body": extra,
-    }
+    body = {"model": model, "temperature": decoding.temperature, "top_p": decoding.top_p}
+    body |= {"max_tokens": decoding.max_new_tokens, "stop": list(stop_strings_of(template))}
+    return {**body, "extra_body": extra}
 
 
 def make_engine(args: argparse.Namespace, decoding: Decoding, rendered: dict[Prompt, Any]) -> Engine:

@@ -23,18 +23,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from apo.cli import InputError, OneLineParser, describe_counts, exit_on_input_error, write_json
+from apo.cli import InputError, OneLineParser, describe_counts, exit_on_input_error, first_few, write_json
 from apo.figures import plot_best_of_n
 from apo.resume import refuse_overwriting
-from apo.selection import (
-    find_score_file,
-    load_scored_prompts,
-    make_report,
-    name_ids,
-    to_pairs,
-    to_text_scores,
-    with_target,
-)
+from apo.selection import find_score_file, load_scored_prompts, make_report, to_pairs, to_text_scores, with_target
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +82,7 @@ def main() -> None:
     if not prompts:
         raise InputError(f"{args.data_path}: all responses to all {len(scored)} prompts are empty; expected some text")
     if empty:
-        logger.warning("left out, all responses are empty: %s", name_ids(empty))
+        logger.warning("%d prompts left out, all responses are empty: %s", len(empty), first_few(empty))
 
     skipped: Counter[str] = Counter()
     pairs = to_pairs(prompts, skipped)

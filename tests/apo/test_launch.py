@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import REPO_ROOT
 
-from apo.launch import set_ranks_of_one_process
+from apo.launch import remove_stale_build_locks, set_ranks_of_one_process
 
 ENDS = """
 import atexit, os
@@ -48,3 +48,17 @@ def test_ranks_of_a_launcher_are_kept(monkeypatch):
     monkeypatch.setattr(os, "environ", {"RANK": "3"})
     set_ranks_of_one_process()
     assert os.environ == {"RANK": "3"}
+
+
+def test_lock_of_a_killed_build_is_deleted_and_one_of_a_running_build_kept(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    stale, held, new = (tmp_path / name / "lock" for name in ("stale", "held", "new"))
+    for lock in (stale, held, new):
+        lock.parent.mkdir()
+        lock.touch()
+    for lock in (stale, held):
+        os.utime(lock, (0, 0))
+    with held.open():
+        remove_stale_build_locks()
+    assert [lock.exists() for lock in (stale, held, new)] == [False, True, True]
+    assert f"{stale}: deleted" in caplog.text

@@ -20,7 +20,6 @@ from apo.records import (
     load_prompts,
     load_rewards,
     parse_record,
-    read_records,
     record_kind,
     response_keys,
 )
@@ -50,8 +49,8 @@ def test_every_format_gives_the_same_records(tmp_path, name):
 
 def test_record_places_are_record_numbers_or_line_numbers(tmp_path):
     (tmp_path / "a.jsonl").write_text(f"\n{json.dumps(PAIRS[0])}\n\n{json.dumps(PAIRS[1])}")
-    assert [place for place, _ in read_records(tmp_path / "a.jsonl")] == ["line 2", "line 4"]
-    assert [place for place, _ in read_records(write_records(tmp_path / "a.json", PAIRS))] == [
+    assert [place for place, _ in iter_records(tmp_path / "a.jsonl")] == ["line 2", "line 4"]
+    assert [place for place, _ in iter_records(write_records(tmp_path / "a.json", PAIRS))] == [
         "record 1",
         "record 2",
         "record 3",
@@ -118,7 +117,7 @@ def test_responses_to_score_are_in_file_order_and_those_to_pair_in_numeric_order
 def test_query_records_become_records_of_responses(tmp_path, kind, fields, responses):
     path = write_records(tmp_path / "a.json", [{"query_id": 7, "query": "Why?", **fields}])
     num, keys = len(responses), list(responses)
-    expected = PreferenceRecord(["Why?"] * num, list(responses.values()), [0.0] * num, "7", keys)
+    expected = PreferenceRecord(["Why?"] * num, list(responses.values()), [0.0] * num, "7", keys, place="record 1")
     assert load_preference_data(path, kind) == [expected]
 
 
@@ -296,7 +295,7 @@ def test_broken_gzip_file_is_reported(tmp_path, damage):
     content = {"no gzip": b"[]", "cut": whole[: len(whole) // 2], "flipped": flipped}[damage]
     (tmp_path / "a.json.gz").write_bytes(content)
     with pytest.raises(InputError, match=r"a\.json\.gz: cannot be read as gzip"):
-        read_records(tmp_path / "a.json.gz")
+        list(iter_records(tmp_path / "a.json.gz"))
 
 
 def test_parquet_value_that_no_json_has_is_described(tmp_path):
@@ -308,7 +307,7 @@ def test_parquet_value_that_no_json_has_is_described(tmp_path):
 def test_broken_parquet_file_is_reported(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and nothing else")
     with pytest.raises(InputError, match=r"a\.parquet: cannot be read as parquet") as error:
-        read_records(tmp_path / "a.parquet")
+        list(iter_records(tmp_path / "a.parquet"))
     assert "\n" not in str(error.value)
 
 

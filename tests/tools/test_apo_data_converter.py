@@ -145,7 +145,7 @@ def test_responses_that_make_no_pair_are_skipped_and_counted(files):
         (
             [golden(query="\n\nHuman: Why not?")],
             [sampled(1, "a", query="\n\nHuman: Why so?")],
-            r'id 1: .*character 14 on, the string "so\?", expected the string "not\?" as in --golden_data_path',
+            r'id 1: .*character 14 on, the string "so\?", expected the string "not\?" as in record 1 of --golden_data',
         ),
         ([golden()], [sampled(1)], r"samples.json: record 1: field \"sample_0\": found no response"),
     ],

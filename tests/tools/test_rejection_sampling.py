@@ -98,7 +98,7 @@ def test_prompt_with_empty_responses_only_is_left_out_and_reported(files, run_ma
         [{"q:0:sample_0": 1}, {"q:0:sample_1": 2}, {"q:1:sample_0": 1}, {"q:1:sample_1": 1}],
     )
     assert run_main("--data_path", data, "--score_path", rewards, "--output_dir", tmp_path, "--to_pairs") == 0
-    assert 'left out, all responses are empty: 1 id: "q:0"' in caplog.text
+    assert "1 prompts left out, all responses are empty: q:0" in caplog.text
     stem = "samples_pred_rm_results.json_sft"
     assert [record["target"] for record in read_json(tmp_path / f"{stem}.json")] == [" a"]
     assert "0 pairs of best over worst, 1 prompts (1 equal rewards) without one" in capsys.readouterr().out

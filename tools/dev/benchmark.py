@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -191,16 +192,9 @@ def make_trainer(
     name: str, path: str, tokenizer: RewardTokenizer, settings: RewardSettings, rows: list[Row], args: Any
 ) -> Trainer:
     """Loads the model of a contestant and builds its trainer; TRL's needs a data set, made of `rows`."""
-    flags = {
-        "output_dir": args.output_dir,
-        "per_device_train_batch_size": args.batch_size,
-        "per_device_eval_batch_size": args.batch_size,
-        "train_sampling_strategy": "sequential",
-        "learning_rate": 0.0,
-        "use_cpu": DEVICE == "cpu",
-        "bf16": DEVICE == "cuda",
-        "disable_tqdm": True,
-    }
+    flags = {"output_dir": args.output_dir, "use_cpu": DEVICE == "cpu", "bf16": DEVICE == "cuda", "disable_tqdm": True}
+    flags |= {f"per_device_{phase}_batch_size": args.batch_size for phase in ("train", "eval")}
+    flags |= {"train_sampling_strategy": "sequential", "learning_rate": 0.0}
     batching = "tree" if name == "tree" else "padded"
     config = load_config(path)
     attention = choose_attention(config, batching, torch.device(DEVICE), DTYPE)
@@ -385,12 +379,10 @@ def main() -> None:
     disable_progress_bars()
     args = parse_args()
     torch.set_num_threads(args.threads)
-    machine = {
-        "device": torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or "cpu",
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "packages": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "commit": git_commit(),
-    }
+    packages = {name: version(name) for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)}
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or "cpu"
+    machine = {"device": device, "dtype": str(DTYPE).removeprefix("torch.")}
+    machine |= {"packages": packages, "commit": git_commit()}
     print(f"{args.mode} on {machine['device']}, {args.threads} threads, {machine['dtype']}, data of {args.data_dir}")
     summaries = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -148,9 +148,8 @@ def human_records(rng: random.Random, prompts: list[Prompt]) -> list[dict]:
         qualities = rng.choices(list(HUMAN_PREFERENCES), weights=list(HUMAN_PREFERENCES.values()))[0]
         responses = [make_response(rng, prompt.task, *quality) for quality in qualities]
         text = [prompt.query + SEPARATOR + response for response in responses]
-        records.append(
-            {"text": text[::-1] if index in wrong else text, "scores": [1.0, 0.0], "query_id": prompt.query_id}
-        )
+        text = text[::-1] if index in wrong else text
+        records.append({"text": text, "scores": [1.0, 0.0], "query_id": prompt.query_id})
     return records
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, replacing, write_json
-from apo.records import SEPARATOR, read_records
+from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, write_json
+from apo.records import SEPARATOR, iter_records
 
 SAMPLE_DIR = Path(__file__).resolve().parents[2] / "data" / "sample"
 # Training files only: no text of a validation or test prompt shapes the vocabulary.
@@ -38,7 +38,7 @@ def texts_in(value: object) -> list[str]:
 
 def read_corpus(paths: Iterable[str | Path]) -> list[str]:
     """Returns the non-empty lines of all texts of the records; `<sep>` ends a line too."""
-    texts = (text for path in paths for _, record in read_records(path) for text in texts_in(record))
+    texts = (text for path in paths for _, record in iter_records(path) for text in texts_in(record))
     lines = [line for text in texts for part in text.split(SEPARATOR) for line in part.splitlines() if line.strip()]
     if not lines:
         raise InputError(f"{', '.join(map(str, paths))}: no text found, expected at least one line")
@@ -112,17 +112,10 @@ def main() -> None:
     )
     torch.manual_seed(args.seed)
     LlamaForCausalLM(config).save_pretrained(args.output_dir)
-    with replacing(args.output_dir / "tokenizer.model") as temporary:
-        temporary.write_bytes(tokenizer_model)
-    tokenizer_config = {
-        "tokenizer_class": "LlamaTokenizer",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "model_max_length": args.max_position_embeddings,
-        "add_bos_token": True,
-        "add_eos_token": False,
-    }
+    (args.output_dir / "tokenizer.model").write_bytes(tokenizer_model)
+    tokenizer_config = {"tokenizer_class": "LlamaTokenizer", "model_max_length": args.max_position_embeddings}
+    tokenizer_config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer_config |= {"add_bos_token": True, "add_eos_token": False}
     write_json(args.output_dir / "tokenizer_config.json", tokenizer_config)
     weights = (args.output_dir / "model.safetensors").stat().st_size
     sizes = f"{args.num_layers} layers x {args.hidden_size}, {args.vocab_size} tokens, {weights / 1e6:.1f} MB"
