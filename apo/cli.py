@@ -35,6 +35,9 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except InputError as error:
+            if "tqdm" in sys.modules:  # a progress bar leaves the cursor in its line
+                for bar in list(sys.modules["tqdm"].tqdm._instances):
+                    bar.close()
             name = f"error of rank {process_rank()}: " if process_rank() else "error: "
             print(name + str(error).replace("\n", "\\n"), file=sys.stderr, flush=True)
             sys.exit(2)

@@ -33,6 +33,13 @@ def read_results(run_dir: str) -> dict[str, dict[str, float]]:
     return results
 
 
+def head_mark(run_dir: str) -> str:
+    """Says that the rewards of a run were random: its model had no reward head and was not trained."""
+    path = Path(run_dir, "eval_results.json")
+    head = json.loads(path.read_text(encoding="utf-8")).get("reward_head") if path.is_file() else None
+    return f", head {head}" if head else ""
+
+
 def format_row(name: str, run: str, metrics: dict[str, float], bins: int) -> tuple[str, ...]:
     """One row of the table; "-" where the run did not measure a value."""
     found = {key.removeprefix(f"eval_{name}_"): value for key, value in metrics.items()}
@@ -64,7 +71,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Reads the results of each run and prints one table."""
     args = parse_args()
-    results = {run: read_results(path) for run, path in name_datasets(args.run_dirs).items()}
+    results = {run + head_mark(path): read_results(path) for run, path in name_datasets(args.run_dirs).items()}
     rows = compare(results, args.bins)
     print(format_table((*COLUMNS, f"ECE, {args.bins} bins"), rows, num_text_columns=2))
 
