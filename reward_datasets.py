@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apo.cli import InputError, sha256_of_file
-from apo.records import PreferenceRecord, iter_preference_data, iter_records
+from apo.records import PreferenceRecord, iter_preference_data
 
 if TYPE_CHECKING:
     import datasets
@@ -181,8 +181,6 @@ def load_preference_dataset(
     import datasets
     from filelock import FileLock
 
-    if not Path(path).is_file():
-        next(iter_records(path))  # raises its error
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
     key = [DATASET_VERSION, sha256_of_file(path), tokenizer.fingerprint, data_type, settings]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
