@@ -134,17 +134,6 @@ def run(stack: contextlib.ExitStack) -> None:
     tokenizer = load_reward_tokenizer(model_args.tokenizer_path or model_path, config, settings.tokenizer_backend)
     settings.sep_token_id = tokenizer.sep_token_id
 
-    if args.deepspeed:
-        prepare_deepspeed(args.device.type)
-    version = model_version(model_path, getattr(config, "_commit_hash", None))
-    depends_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings), "dtype": model_args.dtype}
-    depends_on["num_processes"] = args.world_size
-    if args.do_train:
-        depends_on = weights_depend_on(args.to_dict(), data_args.train_data_path, args.deepspeed, **depends_on)
-        if not start_training(args, depends_on, stack):
-            logger.info("%s: this run has finished before; nothing is left to do", args.output_dir)
-            return
-
     # ---- data
     load = functools.partial(
         load_preference_dataset,
@@ -162,6 +151,18 @@ def run(stack: contextlib.ExitStack) -> None:
     eval_sets = {name: load(path) for name, path in data_paths.items()}
     if args.task_type == "inference":
         score_paths = name_score_files(args.output_dir, list(eval_sets), data_args.data_suffix)
+
+    # ---- where training starts
+    if args.deepspeed:
+        prepare_deepspeed(args.device.type)
+    version = model_version(model_path, getattr(config, "_commit_hash", None))
+    depends_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings), "dtype": model_args.dtype}
+    depends_on["num_processes"] = args.world_size
+    if args.do_train:
+        depends_on = weights_depend_on(args.to_dict(), data_args.train_data_path, args.deepspeed, **depends_on)
+        if not start_training(args, depends_on, stack):
+            logger.info("%s: this run has finished before; nothing is left to do", args.output_dir)
+            return
 
     # ---- model
     dtype = getattr(torch, model_args.dtype)

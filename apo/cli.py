@@ -43,8 +43,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(signum, raise_interrupt)
+        handlers = {signum: signal.signal(signum, raise_interrupt) for signum in (signal.SIGTERM, signal.SIGINT)}
         end_with_launcher()
         try:
             main(*args, **kwargs)
@@ -54,6 +53,9 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
             line = f"interrupted: {error}"
         except (InputError, OSError) as error:
             status, line = 2, f"error of rank {process_rank()}: {error}" if process_rank() else f"error: {error}"
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
         if status == 2 or not process_rank():
             print(line.replace("\n", "\\n"), file=sys.stderr, flush=True)
         exit_process(status)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from apo.cli import raise_interrupt, write_json
+from apo.cli import InputError, raise_interrupt, write_json
 from apo.run_state import read_json_object, record_checkpoint, saving
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,15 @@ class ResumableTrainer(Trainer):
         """Trains; see `transformers.Trainer.train`."""
         self._resumed_from = resume_from_checkpoint
         return super().train(resume_from_checkpoint, **kwargs)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, checkpoint: str | None) -> tuple[Any, Any]:
+        try:
+            return super()._prepare_for_training(max_steps, train_dataloader, checkpoint)
+        except (UnpicklingError, RuntimeError, ValueError, LookupError) as error:
+            if checkpoint is None:
+                raise
+            reason = str(error).splitlines()[0][:200]
+            raise InputError(f"{checkpoint}: cannot be resumed from ({reason}); expected one of this run") from error
 
     def _run_epoch(self, **kwargs: Any) -> None:
         if self.state.global_step < self.state.max_steps:

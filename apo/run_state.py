@@ -92,7 +92,7 @@ def find_fault(folder: str | Path, patterns: tuple[str, ...] = ("*",)) -> str:
     return ""
 
 
-def check_weights(folder: str) -> None:
+def check_weights(folder: str | Path) -> None:
     """Refuses weights whose bytes are not those that were saved; warns of those of a run that has not finished."""
     if fault := find_fault(folder, WEIGHTS):
         raise InputError(f"{folder}: {fault}; restore the file, or train again")
@@ -102,7 +102,7 @@ def check_weights(folder: str) -> None:
 
 
 def choose_start(
-    output_dir: str, resume: str | None, depends_on: Mapping[str, Any], allow_changes: bool
+    output_dir: str | Path, resume: str | None, depends_on: Mapping[str, Any], allow_changes: bool = False
 ) -> str | None:
     """Settles where training starts: from the beginning (None), or from a checkpoint (its path).
 
@@ -144,7 +144,7 @@ def choose_start(
     return str(checkpoint)
 
 
-def is_finished(output_dir: str, depends_on: Mapping[str, Any]) -> bool:
+def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any]) -> bool:
     """Whether a run with the same data and flags has finished there, and its model is whole.
 
     Raises:
@@ -163,7 +163,7 @@ def is_finished(output_dir: str, depends_on: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def recorded_run(output_dir: str, depends_on: Mapping[str, Any]) -> Iterator[None]:
+def recorded_run(output_dir: str | Path, depends_on: Mapping[str, Any]) -> Iterator[None]:
     """Records that a run is running, and at its end that it is finished, interrupted or failed."""
     path = Path(output_dir, STATE)
     write_json(path, {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "depends_on": depends_on})
@@ -181,7 +181,7 @@ def recorded_run(output_dir: str, depends_on: Mapping[str, Any]) -> Iterator[Non
 
 
 @contextlib.contextmanager
-def locked(output_dir: str) -> Iterator[None]:
+def locked(output_dir: str | Path) -> Iterator[None]:
     """Keeps other runs out of an output folder; the system frees the lock of a killed run."""
     from filelock import FileLock, Timeout
 
