@@ -65,7 +65,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def record_checkpoint(folder: Path, depends_on: Mapping[str, Any]) -> None:
     """Writes what makes a checkpoint whole: the sha256 of each file, once all are on disk."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CONTENTS)
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
