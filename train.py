@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.cli import exit_on_input_error, sha256_of_file, write_json
 from apo.launch import exit_worker, prepare_deepspeed, set_ranks_of_one_process, setup_logging
-from apo.run_state import choose_start, is_finished, locked, recorded_run, weights_depend_on
+from apo.run_state import choose_start, is_finished, locked, recorded_run, saving, weights_depend_on
 from reward_datasets import RewardDataCollator, load_preference_dataset, merge_training_data, name_datasets
 
 if TYPE_CHECKING:
@@ -63,8 +63,9 @@ def train_and_save(trainer: RewardModelTrainer) -> None:
     from apo.run_files import write_results
 
     metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
-    trainer.save_model()
-    trainer.save_state()
+    with saving(trainer.args.output_dir):
+        trainer.save_model()
+        trainer.save_state()
     if trainer.is_world_process_zero():
         write_results(trainer.args.output_dir, "train", metrics)
         logger.info("model and results: %s", trainer.args.output_dir)

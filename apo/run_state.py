@@ -196,16 +196,21 @@ def locked(output_dir: str | Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{output_dir}: cannot be written ({error.strerror}); give another --output_dir") from error
     with lock:
+        for temporary in Path(output_dir).glob(".*.tmp"):  # of a run that was killed
+            temporary.unlink()
         yield
 
 
 @contextlib.contextmanager
-def saving(folder: Path) -> Iterator[None]:
-    """Turns an error of a library while it saves into one line; what is incomplete is deleted."""
+def saving(folder: str | Path) -> Iterator[None]:
+    """Turns any error of a library that saves a model into one line; an incomplete checkpoint is deleted."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch and safetensors raise RuntimeErrors
-        free = shutil.disk_usage(folder.parent).free
-        shutil.rmtree(folder, ignore_errors=True)
+    except InputError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and torch raise each their own, for a full disk too
+        free = shutil.disk_usage(folder).free
+        if Path(folder).name.startswith("checkpoint-"):
+            shutil.rmtree(folder, ignore_errors=True)
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{folder}: cannot be saved, {free / 1e6:,.1f} MB of disk are free ({reason})") from error

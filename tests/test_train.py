@@ -1,5 +1,6 @@
 """The command itself: what it refuses, what it writes, and that an interrupted run loses nothing."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -287,6 +288,54 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path, signu
         results = results if name.startswith("final") else list(map(without_times, results))
         assert results[0].keys() == results[1].keys()
         assert name.startswith("final") or results[0] == results[1], name
+
+
+KILL_AT = """
+import os, runpy, signal, sys
+def kill(event, args):
+    if event == EVENT and args and str(args[EVENT == "os.rename"]).endswith(NAME):
+        os.kill(os.getpid(), signal.SIGKILL)
+EVENT, NAME, sys.argv = sys.argv[1], sys.argv[2], sys.argv[3:]
+sys.addaudithook(kill)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("event", "name"),
+    [
+        ("open", "checkpoint-20/trainer_state.json"),
+        ("os.rename", "checkpoint-20/contents.json"),
+        ("open", "out/config.json"),
+        ("os.rename", "out/final_eval_results.json"),
+    ],
+)
+def test_run_killed_while_it_writes_ends_after_one_more_start(tmp_path, event, name):
+    """Within a checkpoint, before its record, within the final model, and among the results."""
+    flags = whole_run(tmp_path, resume_from_checkpoint=True, save_total_limit=1)
+    command = [
+        sys.executable,
+        "-c",
+        KILL_AT,
+        event,
+        name,
+        str(REPO_ROOT / "train.py"),
+        *command_line(**ON_CPU, **flags),
+    ]
+    killed = subprocess.run(
+        command, cwd=REPO_ROOT, env=os.environ | {"PYTHONPATH": str(REPO_ROOT)}, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_main(**ON_CPU, **flags)
+    run_main(**ON_CPU, **flags | {"output_dir": tmp_path / "whole"})
+    weights, expected = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    logs = [list(map(without_times, log_history(tmp_path / folder))) for folder in ("out", "whole")]
+    assert logs[0] == logs[1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
 
 
 def test_finished_run_started_again_does_nothing(tmp_path, caplog):
