@@ -208,7 +208,7 @@ def load_config(path: str) -> LlamaConfig:
     if _is_local(path) and not Path(path).exists():
         raise InputError(f"{path}: no such folder; expected a model folder or the name of a model on the Hub")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub have many kinds for a model or a config they refuse
         reason = " ".join(str(error).split())
         raise InputError(

@@ -56,7 +56,7 @@ def load_tokenizer(path: str, template: str) -> PreTrainedTokenizerBase:
         InputError: it cannot be loaded, or `template` is `chat` and it has no chat template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare ones for a tokenizer.json it cannot read
         raise InputError(f"{path}: no usable tokenizer ({_reason(error)})") from error
     if template == "chat" and not tokenizer.chat_template:
@@ -72,7 +72,8 @@ def load_llm(path: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTr
         InputError: weights that cannot be read, or that are incomplete, such as those of a reward model.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        options = {"output_loading_info": True, "trust_remote_code": False}
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded ({_reason(error)})") from error
     if info["missing_keys"]:

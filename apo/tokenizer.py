@@ -100,8 +100,8 @@ def load_reward_tokenizer(
         InputError: no usable tokenizer there.
     """
     try:
-        config = config or AutoConfig.from_pretrained(path)
-        hf_tokenizer = AutoTokenizer.from_pretrained(path)
+        config = config or AutoConfig.from_pretrained(path, trust_remote_code=False)
+        hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         sentencepiece_path = cached_file(path, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
         if hf_tokenizer.bos_token_id is None or hf_tokenizer.eos_token_id is None:
             raise InputError(f"{path}: the tokenizer has no bos or no eos token; expected both")
