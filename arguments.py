@@ -89,8 +89,13 @@ class DataArguments:
     eval_data_path: list[str] = field(
         default_factory=list, metadata={"help": "Evaluation files, each evaluated under its own name; files to score."}
     )
+    response_keys: list[str] = field(default_factory=list, metadata={"help": "Fields to score besides sample_<n>."})
     data_suffix: str = HfArg(default="reward_model", help="Names the model in <data>_pred_<suffix>_results.json.")
     cache_dir: str | None = HfArg(default=None, help="Cache of tokenised data (default: the one of datasets).")
+
+    def __post_init__(self) -> None:
+        if self.response_keys and self.data_type != "reject_sample":
+            raise InputError("--response_keys: expected --data_type reject_sample beside it")
 
 
 @dataclass

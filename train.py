@@ -107,6 +107,7 @@ def main() -> None:
         load_preference_dataset,
         tokenizer=tokenizer,
         data_type=data_args.data_type,
+        response_keys=data_args.response_keys,
         cache_dir=data_args.cache_dir,
         num_records=NUM_DEBUG_RECORDS if args.debug_mode else None,
         **settings.sequence_settings,
@@ -162,6 +163,7 @@ def main() -> None:
         rewards_depend_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings)}
         rewards_depend_on |= {"dtype": [model_args.dtype, str(compute_dtype)], "deepspeed": bool(args.deepspeed)}
         rewards_depend_on |= {"attention": [attention, model_args.padding_side], "data_type": data_args.data_type}
+        rewards_depend_on |= {"response_keys": data_args.response_keys}
         for name, path in data_paths.items():
             inputs = {"data_sha256": sha256_of_file(path), **rewards_depend_on}
             score_dataset(trainer, eval_sets[name], score_paths[name], inputs)
