@@ -93,10 +93,6 @@ class DataArguments:
     data_suffix: str = HfArg(default="reward_model", help="Names the model in <data>_pred_<suffix>_results.json.")
     cache_dir: str | None = HfArg(default=None, help="Cache of tokenised data (default: the one of datasets).")
 
-    def __post_init__(self) -> None:
-        if self.response_keys and self.data_type != "reject_sample":
-            raise InputError("--response_keys: expected --data_type reject_sample beside it")
-
 
 @dataclass
 class RewardTrainingArguments(TrainingArguments):
@@ -296,6 +292,8 @@ def _unknown_flag(flag: str, known: list[str]) -> str:
 
 
 def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None:
+    if data_args.response_keys and data_args.data_type != "reject_sample":
+        raise InputError("--response_keys is for --data_type reject_sample, the records with responses to score")
     if args.task_type == "inference":
         if args.do_train:
             raise InputError("--task_type inference scores --eval_data_path; it takes no --do_train True")

@@ -43,12 +43,12 @@ def normalize_scores(scores: list[float]) -> list[float]:
 
     Scores that differ stay different: where rounding makes them equal, the higher one becomes the next number.
     """
-    low, high = min(scores), max(scores)
-    normalized = np.float32([(score - low + 1e-5) / (high - low + 2e-5) for score in scores])
-    for i, j in itertools.pairwise(sorted(range(len(scores)), key=scores.__getitem__)):
-        least = normalized[i] if scores[i] == scores[j] else np.nextafter(normalized[i], np.float32(2))
-        normalized[j] = max(normalized[j], least)
-    return normalized.tolist()
+    ordered = sorted(set(scores))
+    values = np.float32([(score - ordered[0] + 1e-5) / (ordered[-1] - ordered[0] + 2e-5) for score in ordered])
+    for i in range(1, len(values)):
+        values[i] = max(values[i], np.nextafter(values[i - 1], np.float32(2)))
+    normalized = dict(zip(ordered, values.tolist(), strict=True))
+    return [normalized[score] for score in scores]
 
 
 def build_sequence(

@@ -153,7 +153,7 @@ def warn_of_fields(path: str | Path, passed_over: Iterable[list[str]], doubts: I
         found = ", ".join(f"{name} ({count})" for name, count in fields.items())
         if prompts := ", ".join(name for name in fields if name in PROMPT_FIELDS):
             found += f"; put {prompts} into the prompt if the model should read it"
-        logger.warning("%s: passed over: %s", path, found)
+        logger.warning("%s: fields passed over, with the number of records: %s", path, found)
     if counts := Counter(name for names in doubts for name in names):
         logger.warning("%s: %s", path, "; ".join(f"{DOUBTS[name]} ({count})" for name, count in counts.items()))
 
@@ -264,8 +264,9 @@ def find_response_keys(raw: dict[str, Any], more: Iterable[str] = (), samples_on
     if samples_only:
         keys = sorted((k for k in keys if k.startswith("sample_")), key=lambda k: int(k.removeprefix("sample_")))
     if not keys:
-        found = f"no response (the record has {', '.join(raw)})"
-        raise BadField("sample_0", found, "fields sample_0, sample_1, ..., or their names in --response_keys")
+        raise BadField(
+            "sample_0", f"no response (the record has {', '.join(raw)})", "sample_0, ... or --response_keys"
+        )
     return keys
 
 
@@ -326,7 +327,7 @@ def _passed_over(raw: dict[str, Any], known: list[str]) -> list[str]:
 
 def _split_text_scores(raw: dict[str, Any], add_sep_token: bool) -> tuple[dict[str, tuple[str, str]], list[float]]:
     """Returns {field: (prompt, response)} and the scores of a text-scores record."""
-    texts = _require(raw, "text", "a list of at least two texts", list)
+    texts = _require(raw, "text", "a list of at least two texts, or chosen and rejected", list)
     scores = _require(raw, "scores", "a list of numbers, one for each text", list)
     if len(texts) < 2:
         raise BadField("text", f"{len(texts)} response(s)", "at least two")
@@ -341,8 +342,8 @@ def _split_texts(raw: dict[str, Any], texts: dict[str, Any], add_sep_token: bool
     parts = {field: _require_text(texts, field).split(SEPARATOR) for field in texts}
     is_without = max(map(len, parts.values())) == 1
     if is_without and (holders := ", ".join(field for field in PROMPT_FIELDS if raw.get(field))):
-        expected = f'the prompt in "prompt" beside chosen and rejected, or before {SEPARATOR} in each text'
-        raise BadField(holders, "what can be the prompt, but is not read", expected)
+        expected = f'it in "prompt" beside chosen and rejected, or before {SEPARATOR} in each text'
+        raise BadField(holders, "what can be the prompt, but is not read here", expected)
     for field, part in parts.items():
         if len(part) > 2:
             raise BadField(field, f"{len(part) - 1} {SEPARATOR}", f"one {SEPARATOR} between prompt and response")
@@ -377,7 +378,7 @@ def _split_dialogue(raw: dict[str, Any], side: str) -> tuple[str, str]:
     dialogue, prompt = _require(raw, side, "a list of messages", list), raw.get("prompt", [])
     turns = [_render_message(f"{side}[{i}]", message) for i, message in enumerate(dialogue)]
     if not dialogue or dialogue[-1]["role"] != "assistant":
-        raise BadField(side, "no assistant message at the end", "one")
+        raise BadField(side, "no assistant message at the end", "a last message whose role is assistant")
     if prompt not in ([message["content"] for message in dialogue[:-1]]):  # a text that repeats a message
         messages = _require({"prompt": prompt}, "prompt", f"a list of messages, or the text of one in {side}", list)
         if messages != dialogue[: len(messages)]:

@@ -230,8 +230,7 @@ def summarize(check: FileCheck) -> dict[str, Any]:
     names = ["records", "responses", "empty_responses", "without_prompt"]
     names += ["pairs", "tied_pairs", "tied_items"] * (check.kind == "pairs")
     result: dict[str, Any] = {name: counts[name] for name in names}
-    if check.passed_over:
-        result["passed_over"] = dict(check.passed_over)
+    result |= {"passed_over": dict(check.passed_over)} if check.passed_over else {}
     if num_compared := counts["pairs"] + counts["tied_pairs"]:
         result["share_of_tied_pairs"] = counts["tied_pairs"] / num_compared
         result["share_of_tied_items"] = counts["tied_items"] / counts["records"]

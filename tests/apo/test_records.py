@@ -163,7 +163,7 @@ def test_fields_that_nothing_reads_are_named_in_one_line(tmp_path, caplog):
     read(tmp_path, pair() | more, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0})
     read(tmp_path, MESSAGES | {"chosen": [QUESTION, message]})
     load_preference_data(write_records(tmp_path / "b.json", [QUERY | {"ans_0": "", "sample_id": "1"}]), "sampled")
-    assert [line.split(": passed over: ")[1] for line in caplog.messages] == [
+    assert [line.split("number of records: ")[1] for line in caplog.messages] == [
         "margin (2), system (1); put system into the prompt if the model should read it",
         "chosen[].tool_calls (1)",
         "sample_id (1)",
@@ -253,7 +253,7 @@ BAD_RECORDS = {
     ),
     "prompt elsewhere": (
         {"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"},
-        'field "instruction, input": found what can be the prompt, but is not read, expected the prompt in "prompt"',
+        'field "instruction, input": found what can be the prompt, but is not read here, expected it in "prompt"',
     ),
     "prompt beside text": (
         {"prompt": "a", "text": ["b", "c"], "scores": [1, 0]},
