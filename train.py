@@ -163,9 +163,8 @@ def main() -> None:
         rewards_depend_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings)}
         rewards_depend_on |= {"dtype": [model_args.dtype, str(compute_dtype)], "deepspeed": bool(args.deepspeed)}
         rewards_depend_on |= {"attention": [attention, model_args.padding_side], "data_type": data_args.data_type}
-        rewards_depend_on |= {"response_keys": data_args.response_keys}
         for name, path in data_paths.items():
-            inputs = {"data_sha256": sha256_of_file(path), **rewards_depend_on}
+            inputs = {"data_sha256": sha256_of_file(path), "keys": data_args.response_keys, **rewards_depend_on}
             score_dataset(trainer, eval_sets[name], score_paths[name], inputs)
     else:
         results = evaluate_all(trainer, eval_sets) if eval_sets else {}

@@ -40,11 +40,12 @@ DATA_TYPES = ("comparison_pair", "reject_sample")  # values of --data_type; `par
 MAX_SCORE = 1e38  # the range of float32
 SIDES = ("chosen", "rejected")
 RESPONSE_KEY = re.compile(r"(sample|ans)_[0-9]+")
-PROMPT_FIELDS = (  # of other formats, which can hold the prompt or a part of it
-    *("prompt", "instruction", "input", "question", "query", "system", "system_prompt", "messages", "context"),
-    *("history", "dialogue", "conversation", "conversations"),
+PROMPT_FIELD = re.compile(  # of other formats: can hold the prompt or a part of it
+    r"(?i)(\w+_)?(prompt|instruction|input|question|query|system|messages?|context|history|dialog(ue)?|conversations?|post)"
 )
-MESSAGES_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*["'](role|content|from|value)["']\s*:.*\}\s*\]\s*""", re.DOTALL)
+MESSAGES_AS_TEXT = re.compile(  # JSON or Python: an object with role and content, or a list of such
+    r"""(?s)\s*(array\()?\[?\s*\{(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value)["']\s*:).*[\]})]\s*"""
+)
 
 T = TypeVar("T")
 Parser = Callable[[dict[str, Any], str], T]  # (record, id to use if it has none) -> result; raises `BadField`
@@ -151,7 +152,7 @@ def warn_of_fields(path: str | Path, passed_over: Iterable[list[str]], doubts: I
     """Logs the fields of a file that nothing reads, and the doubts, with the number of records."""
     if fields := Counter(name for names in passed_over for name in names):
         found = ", ".join(f"{name} ({count})" for name, count in fields.items())
-        if prompts := ", ".join(name for name in fields if name in PROMPT_FIELDS):
+        if prompts := ", ".join(filter(PROMPT_FIELD.fullmatch, fields)):
             found += f"; put {prompts} into the prompt if the model should read it"
         logger.warning("%s: fields passed over, with the number of records: %s", path, found)
     if counts := Counter(name for names in doubts for name in names):
@@ -264,9 +265,7 @@ def find_response_keys(raw: dict[str, Any], more: Iterable[str] = (), samples_on
     if samples_only:
         keys = sorted((k for k in keys if k.startswith("sample_")), key=lambda k: int(k.removeprefix("sample_")))
     if not keys:
-        raise BadField(
-            "sample_0", f"no response (the record has {', '.join(raw)})", "sample_0, ... or --response_keys"
-        )
+        raise BadField("sample_0", f"no response among {', '.join(raw)}", "sample_0, ..., or --response_keys")
     return keys
 
 
@@ -340,10 +339,10 @@ def _split_text_scores(raw: dict[str, Any], add_sep_token: bool) -> tuple[dict[s
 def _split_texts(raw: dict[str, Any], texts: dict[str, Any], add_sep_token: bool) -> dict[str, tuple[str, str]]:
     """Splits each "<prompt><sep><response>" of {field: text}; a text without `<sep>` is a response to no prompt."""
     parts = {field: _require_text(texts, field).split(SEPARATOR) for field in texts}
-    is_without = max(map(len, parts.values())) == 1
-    if is_without and (holders := ", ".join(field for field in PROMPT_FIELDS if raw.get(field))):
+    holders = [k for k in filter(PROMPT_FIELD.fullmatch, raw) if isinstance(raw[k], (str, list, dict)) and raw[k]]
+    if holders and max(map(len, parts.values())) == 1:
         expected = f'it in "prompt" beside chosen and rejected, or before {SEPARATOR} in each text'
-        raise BadField(holders, "what can be the prompt, but is not read here", expected)
+        raise BadField(", ".join(holders), "what can be the prompt, but is not read here", expected)
     for field, part in parts.items():
         if len(part) > 2:
             raise BadField(field, f"{len(part) - 1} {SEPARATOR}", f"one {SEPARATOR} between prompt and response")

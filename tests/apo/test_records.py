@@ -255,6 +255,14 @@ BAD_RECORDS = {
         {"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"},
         'field "instruction, input": found what can be the prompt, but is not read here, expected it in "prompt"',
     ),
+    "prompt under another name": (
+        {"User_Question": ["a"], "chosen": "c", "rejected": "d"},
+        'field "User_Question": found what can be the prompt',
+    ),
+    "message as a string": (
+        {"prompt": "a", "chosen": """{'content': 'b', "role": "assistant"}""", "rejected": "d"},
+        'field "chosen": found messages as one text',
+    ),
     "prompt beside text": (
         {"prompt": "a", "text": ["b", "c"], "scores": [1, 0]},
         'field "prompt": found what can be the prompt',
@@ -302,7 +310,7 @@ QUERY = {"query_id": 1, "query": "a", "golden": " c", "sample_0": " b"}
         ("reject_sample", {"query": "a", "sample_0": "b"}, 'field "query_id": found no such field'),
         ("reject_sample", QUERY | {"query_id": True}, 'field "query_id": found true, expected a non-empty string or'),
         ("reject_sample", QUERY | {"query": " "}, 'field "query": found the string " ", expected a non-empty'),
-        ("reject_sample", {"query_id": 1, "query": "a", "b": "c"}, 'field "sample_0": found no response .the record'),
+        ("reject_sample", {"query_id": 1, "query": "a", "b": "c"}, 'field "sample_0": found no response among'),
         ("reject_sample", QUERY | {"sample_1": 3}, 'field "sample_1": found the number 3, expected a string'),
         ("reject_sample", QUERY | {"sample_1": "\ud83d"}, 'field "sample_1": found an unpaired surrogate'),
         ("sampled", {"query_id": 1, "query": "a", "sample_b": "c"}, 'field "sample_0": found no response'),
