@@ -125,11 +125,11 @@ def format_response(text: str, stop_strings: tuple[str, ...]) -> str:
 
 def find_doubts(prompt: str, responses: list[str], scores: list[float]) -> list[str]:
     """Returns the names in `DOUBTS` of what is odd about the responses to a prompt; the prompt may be empty."""
-    prompt, texts, worst = prompt.strip(), [response.strip() for response in responses], min(scores)
+    prompt, worst = prompt.strip(), min(scores)
     found = {
         "no_prompt": not prompt,
-        "empty_preferred": any(not text and score > worst for text, score in zip(texts, scores, strict=True)),
-        "repeated_prompts": prompt and all(text.startswith(prompt) for text in texts),
+        "empty_preferred": any(s > worst and not text.strip() for s, text in zip(scores, responses, strict=True)),
+        "repeated_prompts": prompt and all(text.lstrip().startswith(prompt) for text in responses),
         "turns_in_responses": prompt and any(map(TURN.search, responses)),
     }
     return [name for name in DOUBTS if found[name]]

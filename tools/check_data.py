@@ -368,9 +368,8 @@ def main() -> None:
             stats = {check.name: entry["statistics"] for check, entry in zip(checks, report["files"], strict=True)}
             ratios = {name: s["tokens_run_per_needed"] for name, s in stats.items() if "tokens_run_per_needed" in s}
             plot_lengths_and_batching(args.output_dir / "check_data.png", lengths, ratios, settings["max_length"])
-    if (args.strict and report["num_findings"]) or any(
-        c.findings.keys() & {"unreadable", "bad_records"} for c in checks
-    ):
+    is_unusable = any(check.findings.keys() & {"unreadable", "bad_records"} for check in checks)
+    if is_unusable or (args.strict and report["num_findings"]):
         sys.exit(2)
 
 
