@@ -128,6 +128,9 @@ class RewardTrainingArguments(TrainingArguments):
         "(default: 2 x max_length x per_device_eval_batch_size; on a CPU 2048 if that is less).",
     )
     debug_mode: bool = HfArg(default=False, help="Use the first 64 records of each file only.")
+    allow_changes: bool = HfArg(
+        default=False, help="Resume although data or flags differ from those of the checkpoint."
+    )
     eval_strategy: str = HfArg(
         default="no", aliases=["--evaluation_strategy"], help="When to evaluate: no, steps or epoch."
     )
@@ -311,43 +314,3 @@ def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None
     for name, value in needs_data.items():
         if value and not data_args.eval_data_path:
             raise InputError(f"--{name} {value} without --eval_data_path")
-    if args.do_train:
-        check_output_dir(args)
-
-
-def check_output_dir(args: RewardTrainingArguments) -> None:
-    """Settles `--resume_from_checkpoint`, and refuses to mix a new run with the checkpoints of another.
-
-    Raises:
-        InputError: checkpoints in the output folder of a new run, or no checkpoint to resume from.
-    """
-    checkpoints = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    checkpoints.sort(key=lambda path: int(path.name[11:]))
-    resume = str(args.resume_from_checkpoint or "false")
-    if resume.lower() == "false":
-        args.resume_from_checkpoint = None
-        if checkpoints:
-            raise InputError(
-                f"{args.output_dir} holds checkpoints of an earlier run ({checkpoints[-1].name}); choose another "
-                "--output_dir, delete them, or resume with --resume_from_checkpoint true"
-            )
-        return
-    while resume.lower() == "true" and checkpoints and not _is_complete(checkpoints[-1]):
-        logger.warning("%s is skipped: it is incomplete", checkpoints.pop())  # the state is saved last
-    if resume.lower() == "true" and not checkpoints:
-        raise InputError(f"--resume_from_checkpoint true, but {args.output_dir} has no complete checkpoint-*")
-    checkpoint = checkpoints[-1] if resume.lower() == "true" else Path(resume)
-    if not _is_complete(checkpoint):
-        raise InputError(
-            f"--resume_from_checkpoint {checkpoint}: found no complete trainer_state.json; expected a checkpoint-N"
-        )
-    args.resume_from_checkpoint = str(checkpoint)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the file that is written last exists and is complete."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True

@@ -23,6 +23,7 @@ from transformers import AutoConfig, LlamaConfig, LlamaModel, LlamaPreTrainedMod
 from transformers.utils import ModelOutput
 
 from apo.cli import InputError
+from apo.run_state import check_weights
 from apo.tokenizer import RewardTokenizer
 from apo.tree import prepare_attention
 
@@ -254,6 +255,7 @@ def load_reward_model(
     Raises:
         InputError: the checkpoint lacks weights other than the reward head, or the head where it is needed.
     """
+    check_weights(path)
     set_seed(seed)
     config.pad_token_id = None  # set below: an added pad token lies beyond the table that is loaded
     config.reward_settings = asdict(settings)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apo.cli import InputError, sha256_of_file
-from apo.records import PreferenceRecord, iter_preference_data, iter_records, warn_of_fields
+from apo.records import PreferenceRecord, iter_preference_data, warn_of_fields
 
 if TYPE_CHECKING:
     import datasets
@@ -191,8 +191,6 @@ def load_preference_dataset(
     import datasets
     from filelock import FileLock
 
-    if not Path(path).is_file():
-        next(iter_records(path))  # raises its error
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
     key = [DATASET_VERSION, sha256_of_file(path), tokenizer.fingerprint, data_type, settings, sorted(response_keys)]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]

@@ -9,13 +9,14 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from apo.launch import process_rank
+from apo.launch import end_with_launcher, exit_process, process_rank
 
 NUM_SHOWN = 5  # problems that one error message shows
 
@@ -24,20 +25,40 @@ class InputError(ValueError):
     """Wrong input from outside. Its text is the line that the user reads: what came, what was expected, what to do."""
 
 
-def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
-    """Makes a script's `main` end with one line on stderr and exit status 2 on an `InputError`.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived, from a scheduler or a launcher. A plain KeyboardInterrupt is SIGINT, from Ctrl-C."""
 
-    Under torchrun every process that finds the error reports it, all but the first with their rank.
+
+def raise_interrupt(signum: int, frame: Any = None, line: str = "the same command starts again") -> NoReturn:
+    """Handles SIGTERM and SIGINT: ends what runs now with an exception, whose text says how to go on."""
+    raise Terminated(line) if signum == signal.SIGTERM else KeyboardInterrupt(line)
+
+
+def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Makes a script's `main` end with one line on stderr, and no traceback, where the cause is outside of the code.
+
+    Exit status: 2 on an `InputError`, and on a file that cannot be read or written; 130 on SIGINT, 143 on SIGTERM.
+    Under torchrun every process that finds an error reports it, all but the first with their rank.
     """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        handlers = {signum: signal.signal(signum, raise_interrupt) for signum in (signal.SIGTERM, signal.SIGINT)}
+        end_with_launcher()
         try:
             main(*args, **kwargs)
-        except InputError as error:
-            name = f"error of rank {process_rank()}: " if process_rank() else "error: "
-            print(name + str(error).replace("\n", "\\n"), file=sys.stderr, flush=True)
-            sys.exit(2)
+            return
+        except KeyboardInterrupt as error:
+            status = 143 if isinstance(error, Terminated) else 130
+            line = f"interrupted: {error}"
+        except (InputError, OSError) as error:
+            status, line = 2, f"error of rank {process_rank()}: {error}" if process_rank() else f"error: {error}"
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        if status == 2 or not process_rank():
+            print(line.replace("\n", "\\n"), file=sys.stderr, flush=True)
+        exit_process(status)
 
     return wrapped
 
@@ -97,6 +118,9 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 def sha256_of_file(path: str | Path) -> str:
     """Returns the sha256 of a file's bytes in hexadecimal."""
+    if not Path(path).is_file():
+        found = "found a folder" if Path(path).is_dir() else "no such file"
+        raise InputError(f"{path}: {found}; give the path of an existing file")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
