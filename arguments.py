@@ -89,6 +89,7 @@ class DataArguments:
     eval_data_path: list[str] = field(
         default_factory=list, metadata={"help": "Evaluation files, each evaluated under its own name; files to score."}
     )
+    response_keys: list[str] = field(default_factory=list, metadata={"help": "Fields to score besides sample_<n>."})
     data_suffix: str = HfArg(default="reward_model", help="Names the model in <data>_pred_<suffix>_results.json.")
     cache_dir: str | None = HfArg(default=None, help="Cache of tokenised data (default: the one of datasets).")
 
@@ -294,6 +295,8 @@ def _unknown_flag(flag: str, known: list[str]) -> str:
 
 
 def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None:
+    if data_args.response_keys and data_args.data_type != "reject_sample":
+        raise InputError("--response_keys is for --data_type reject_sample, the records with responses to score")
     if args.task_type == "inference":
         if args.do_train:
             raise InputError("--task_type inference scores --eval_data_path; it takes no --do_train True")

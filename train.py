@@ -140,6 +140,7 @@ def run(stack: contextlib.ExitStack) -> None:
         load_preference_dataset,
         tokenizer=tokenizer,
         data_type=data_args.data_type,
+        response_keys=data_args.response_keys,
         cache_dir=data_args.cache_dir,
         num_records=NUM_DEBUG_RECORDS if args.debug_mode else None,
         **settings.sequence_settings,
@@ -206,7 +207,7 @@ def run(stack: contextlib.ExitStack) -> None:
         rewards_depend_on |= {"dtype": [model_args.dtype, str(compute_dtype)], "deepspeed": bool(args.deepspeed)}
         rewards_depend_on |= {"attention": [attention, model_args.padding_side], "data_type": data_args.data_type}
         for name, path in data_paths.items():
-            inputs = {"data_sha256": sha256_of_file(path), **rewards_depend_on}
+            inputs = {"data_sha256": sha256_of_file(path), "keys": data_args.response_keys, **rewards_depend_on}
             score_dataset(trainer, eval_sets[name], score_paths[name], inputs)
     else:
         results = evaluate_all(trainer, eval_sets) if eval_sets else {}

@@ -119,7 +119,7 @@ def write_json(path: str | Path, obj: Any) -> None:
 def sha256_of_file(path: str | Path) -> str:
     """Returns the sha256 of a file's bytes in hexadecimal."""
     if not Path(path).is_file():
-        raise InputError(f"{path}: no such file; give the path of an existing file")
+        raise InputError(f"{path}: no such file, or a folder; give the path of an existing file")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):

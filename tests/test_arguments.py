@@ -105,6 +105,7 @@ def test_given_flags_without_effect_on_the_task_are_named(caplog):
         ({"task_type": "inference", "eval_data_path": None}, "inference needs the files to score in --eval_data_path"),
         ({"data_type": "reject_sample"}, "reject_sample is for --task_type inference"),
         ({"eval_data_path": None}, "nothing to do"),
+        ({"response_keys": "my_gpt4"}, "--response_keys is for --data_type reject_sample"),
         ({"model_name_or_path": None}, "--model_name_or_path"),
         (
             {"eval_data_path": None, "do_train": True, "train_data_path": "A", "eval_strategy": "epoch"},

@@ -225,16 +225,25 @@ def test_scores_are_written_once_and_in_order(tmp_path):
     """A second run replaces the file. Ids may hold colons, answers may repeat, and keys differ between records."""
     records = [
         {"query_id": "a:1", "query": "Why?", "sample_0": " So.", "sample_1": " So.", "my_gpt4": " No."},
-        {"query_id": "b", "query": "What?", "ans_x": " This."},
+        {"query_id": "b", "query": "What?", "ans_0": " This.", "sample_id": "b", "my_gpt4": ""},
     ]
     path = write_records(tmp_path / "many.samples.json", records)
     flags = {"model_name_or_path": CHECKPOINT, "task_type": "inference", "data_type": "reject_sample"}
     for _ in range(2):
-        run_main(**ON_CPU, **flags, eval_data_path=path, data_suffix="rm", output_dir=tmp_path / "out")
+        run_main(
+            **ON_CPU,
+            **flags,
+            response_keys="my_gpt4",
+            eval_data_path=path,
+            data_suffix="rm",
+            output_dir=tmp_path / "out",
+        )
     [result] = (tmp_path / "out").glob("*_pred_rm_results.json")
     assert result.name == "many.samples_pred_rm_results.json"
     rows = read_json(result)
-    assert [list(row) for row in rows] == [["a:1:sample_0"], ["a:1:sample_1"], ["a:1:my_gpt4"], ["b:ans_x"]]
+    assert [list(row) for row in rows] == [
+        [name] for name in ("a:1:sample_0", "a:1:sample_1", "a:1:my_gpt4", "b:ans_0", "b:my_gpt4")
+    ]
     assert rows[0]["a:1:sample_0"] == rows[1]["a:1:sample_1"] != rows[2]["a:1:my_gpt4"]
 
 
