@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from apo.launch import end_with_launcher, exit_process, process_rank
+from apo.launch import end_with_launcher, exit_worker, process_rank
 
 NUM_SHOWN = 5  # problems that one error message shows
 
@@ -50,7 +50,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
             return
         except KeyboardInterrupt as error:
             status = 143 if isinstance(error, Terminated) else 130
-            line = f"interrupted: {error}"
+            line = f"interrupted: {str(error) or 'the same command goes on'}"
         except (InputError, OSError) as error:
             status, line = 2, f"error of rank {process_rank()}: {error}" if process_rank() else f"error: {error}"
         finally:
@@ -58,7 +58,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
                 signal.signal(signum, handler)
         if status == 2 or not process_rank():
             print(line.replace("\n", "\\n"), file=sys.stderr, flush=True)
-        exit_process(status)
+        exit_worker(status)
 
     return wrapped
 

@@ -14,7 +14,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 logger = logging.getLogger(__name__)
 
@@ -112,22 +111,18 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def exit_worker() -> None:
-    """Closes the process group and ends the process; see `exit_process`."""
-    from torch import distributed
-
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
-    exit_process(0)
-
-
-def exit_process(status: int) -> NoReturn:
-    """Ends the process, one of several without interpreter teardown.
+def exit_worker(status: int = 0) -> None:
+    """Closes the process group, and ends one process of several without interpreter teardown.
 
     In that teardown gloo's threads, which DeepSpeed keeps alive, can abort the process (PyTorch issue 190489).
     """
-    if count_processes() > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():
+        if not status:  # after an error, others may still wait in it
+            distributed.destroy_process_group()
+        if count_processes() > 1:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            os._exit(status)
+    if status:
+        sys.exit(status)

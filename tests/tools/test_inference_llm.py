@@ -173,7 +173,7 @@ def test_interrupted_run_resumes(sample, monkeypatch, num_prompts, caplog):
     """With an incomplete last line, on another number of processes, and with other batches."""
     caplog.set_level("INFO")
     expected = sample("whole").read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_after(patch, num_prompts)
         sample("broken")
     folder = sample("whole").parent.parent / "broken"
@@ -196,7 +196,7 @@ def test_a_finished_result_is_not_computed_again(sample, monkeypatch, caplog):
 def test_a_changed_setting_starts_again_and_replaces_the_result(sample, monkeypatch):
     changes = {"num_samples": 1}
     expected = sample("a", **changes).read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_after(patch, 3)
         sample("b")
     sample("b", **changes)
