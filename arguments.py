@@ -21,6 +21,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import strtobool
 
 from apo.cli import InputError, OneLineParser
+from apo.flags import check_flags, check_packages
 from apo.launch import count_processes
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 8:
-            raise InputError(f"--max_length {self.max_length}: expected at least 8 tokens")
+        check_flags(self)
 
 
 @dataclass
@@ -127,6 +127,7 @@ class RewardTrainingArguments(TrainingArguments):
         help="Tokens of a batch per device in evaluation and scoring, padding included; a larger item runs alone "
         "(default: 2 x max_length x per_device_eval_batch_size; on a CPU 2048 if that is less).",
     )
+    logging_nan_inf_filter: bool = HfArg(default=False, help="No effect: a loss that is not finite ends the run.")
     debug_mode: bool = HfArg(default=False, help="Use the first 64 records of each file only.")
     allow_changes: bool = HfArg(
         default=False, help="Resume although data or flags differ from those of the checkpoint."
@@ -140,13 +141,14 @@ class RewardTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_flags(self)
         self._check_loss()
-        if self.remove_unused_columns:
-            logger.warning("--remove_unused_columns has no effect: the columns of the data are fixed")
-            self.remove_unused_columns = False
         if self.deepspeed:
             self._check_deepspeed()
+        if self.greater_is_better is None and "_calibration_" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False
         super().__post_init__()
+        check_packages(self)
         if self.world_size != count_processes():
             raise InputError(
                 f"{count_processes()} processes were launched, but each would train alone on all the data: "
@@ -162,14 +164,6 @@ class RewardTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False  # every step uses every weight; a search takes time
 
     def _check_loss(self) -> None:
-        least_values = dict.fromkeys(("apo_loss_coeff", "rm_kl_coeff", "lm_loss_coeff"), 0)
-        least_values |= dict.fromkeys(("apo_sample_num", "eval_token_budget"), 1)
-        for name, least in least_values.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise InputError(f"--{name} {value}: expected {least} or more")
-        if min(self.calibration_bins) < 1:
-            raise InputError(f"--calibration_bins {self.calibration_bins}: expected numbers of 1 or more")
         if self.task_type == "apo" and self.apo_loss_coeff == 0:
             logger.warning("--task_type apo with --apo_loss_coeff 0: golden-over-sampled pairs are not learnt from")
         if self.task_type != "apo" and (self.apo_loss_coeff, self.rm_kl_coeff) != (0, 1):
@@ -281,6 +275,10 @@ def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArgu
     except (ValueError, ImportError, TypeError) as error:  # transformers checks its own flags
         raise InputError(" ".join(str(error).split())) from error
     _check_task(data_args, args)
+    if args.do_train and model_args.dtype == "float16" and not args.deepspeed:
+        raise InputError(
+            "--dtype float16: such weights overflow in training; give --fp16 true on float32, or bfloat16"
+        )
     return model_args, data_args, args
 
 
@@ -311,6 +309,10 @@ def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None
         raise InputError("nothing to do: give --do_train True with --train_data_path, or --eval_data_path")
     needs_data = {"eval_at_start": args.eval_on_start, "metric_for_best_model": args.metric_for_best_model}
     needs_data |= {"eval_strategy": args.eval_strategy != "no" and args.eval_strategy.value}
-    for name, value in needs_data.items():
+    for name, value in (needs_data | {"do_eval": args.do_eval}).items():
         if value and not data_args.eval_data_path:
             raise InputError(f"--{name} {value} without --eval_data_path")
+    if (args.metric_for_best_model or args.save_strategy == "best") and args.eval_strategy == "no":
+        raise InputError("--metric_for_best_model and --save_strategy best need --eval_strategy steps or epoch")
+    if args.save_strategy == "best" and not args.metric_for_best_model:
+        raise InputError("--save_strategy best needs --metric_for_best_model")

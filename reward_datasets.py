@@ -224,7 +224,7 @@ def merge_training_data(parts: dict[str, datasets.Dataset]) -> datasets.Dataset:
     """Concatenates the training files, {path: data set}, in order.
 
     Raises:
-        InputError: a file has nothing to learn from: no record has two different scores.
+        InputError: a file has nothing to learn from: no record has two different scores, or all pairs are identical.
     """
     import datasets
 
@@ -233,6 +233,11 @@ def merge_training_data(parts: dict[str, datasets.Dataset]) -> datasets.Dataset:
             raise InputError(
                 f'{path}: field "scores": found equal scores within each of the {len(part)} records, '
                 "expected at least one preferred response"
+            )
+        if part["num_identical"][:] == part["num_pairs"][:]:
+            raise InputError(
+                f"{path}: the two sides of all {sum(part['num_pairs'])} pairs are the same tokens; give pairs that "
+                "differ, or raise --max_length, beyond which text is cut off"
             )
     return datasets.concatenate_datasets(list(parts.values()))
 
@@ -312,7 +317,8 @@ class RewardDataCollator:
             row[: len(item["scores"])] = torch.as_tensor(item["scores"])
         apo_mask = torch.tensor([float(item["is_apo"]) for item in items])
         sequences = [ids for item in items for ids in item["input_ids"]]
-        return {"scores": scores, "apo_mask": apo_mask, **self._token_tensors(sequences)}
+        query_ids = {"query_ids": [item["query_id"] for item in items]} if "query_id" in items[0] else {}
+        return {"scores": scores, "apo_mask": apo_mask, **query_ids, **self._token_tensors(sequences)}
 
     def _token_tensors(self, sequences: list[list[int]]) -> dict[str, Any]:
         import torch

@@ -78,6 +78,8 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
     from trainer import calibration_curve
 
     args = trainer.args
+    origin = trainer.model.head_origin
+    random_head = {"reward_head": origin} if origin.startswith("init") and not args.do_train else {}
     results = {}
     for name, eval_set in eval_sets.items():
         output = trainer.predict(eval_set, metric_key_prefix=f"eval_{name}")
@@ -90,7 +92,7 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
             save_calibration(args.output_dir, name, curves)
     if trainer.is_world_process_zero():
         write_json(os.path.join(args.output_dir, "final_eval_results.json"), results)
-        write_results(args.output_dir, "eval", {key: value for r in results.values() for key, value in r.items()})
+        write_results(args.output_dir, "eval", random_head | {k: v for r in results.values() for k, v in r.items()})
     return results
 
 
@@ -119,6 +121,7 @@ def run(stack: contextlib.ExitStack) -> None:
     import torch
 
     from apo.figures import plot_training_curves
+    from apo.flags import check_training
     from apo.resume import model_version
     from apo.run_files import write_manifest, write_model_card
     from apo.scoring import name_score_files, score_dataset
@@ -148,6 +151,7 @@ def run(stack: contextlib.ExitStack) -> None:
     train_set = None
     if args.do_train:
         train_set = merge_training_data({path: load(path) for path in data_args.train_data_path})
+        check_training(args, train_set)
         log_example(train_set, tokenizer)
     data_paths = name_datasets(data_args.eval_data_path)
     eval_sets = {name: load(path) for name, path in data_paths.items()}
@@ -178,6 +182,7 @@ def run(stack: contextlib.ExitStack) -> None:
         seed=args.seed,
         with_lm_head=args.lm_loss_coeff > 0,
         needs_trained_head=args.task_type == "inference",
+        will_train=args.do_train,
         dtype=dtype,
         attention=attention,
     )

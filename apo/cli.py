@@ -111,9 +111,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """Writes `obj` as JSON, completely or not at all; see `replacing`."""
+    """Writes `obj` as JSON, completely or not at all; see `replacing`. A NaN or an infinity is an `InputError`."""
+    try:
+        text = json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"{path}: not written, a number that belongs into it is not finite ({error})") from error
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(obj, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def sha256_of_file(path: str | Path) -> str:
