@@ -154,6 +154,4 @@ def check_complete(records: list[dict[str, str]], prompts: list[Prompt], may_mis
     """Raises an InputError, after the result is written, if it lacks prompts and nobody allowed that."""
     if len(records) < len(prompts) and not may_miss:
         num = len(prompts) - len(records)
-        raise InputError(
-            f"{num} of {len(prompts)} prompts have no response; start again, or allow it by --skip_refused"
-        )
+        raise InputError(f"{num} of {len(prompts)} prompts have no response; start again, or allow it: --skip_refused")

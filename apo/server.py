@@ -52,8 +52,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add(
         "--skip_refused",
         action="store_true",
-        help="leave out and name prompts that the server refuses, such as too long ones, instead of ending the run; end "
-        "with status 0 although prompts have no response; the next run asks for these again",
+        help="leave out and name prompts that the server refuses, such as too long ones, instead of ending the run; "
+        "end with status 0 although prompts have no response; the next run asks for these again",
     )
 
 
