@@ -17,7 +17,7 @@ OPEN, CLOSE = (rf"(?:<{slash}(?:seed:)?(?i:think|thinking)>|\[{slash}THINK\])" f
 REASONING = re.compile(rf"(?:{OPEN})?(?:(?!{OPEN}).)*?{CLOSE}", re.DOTALL)  # some templates open it in the prompt
 ROLE = re.compile(r"\s*(?i:assistant):")
 TOKEN = re.compile(
-    r"<[|｜]\w+|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|sep|pad|unk)>|</?tool_call>"
+    r"\A Human:|<[|｜]\w+|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>|<(?:bos|eos|sep|pad|unk)>|</?tool_call>"
 )
 # What an error is about, in the words of OpenAI, vLLM, SGLang and llama.cpp.
 TOO_LONG = re.compile(r"(?i)context (?:size|length|window)|(?:prompt|input) is too long|too many tokens")
@@ -112,9 +112,9 @@ def read_completion(body: bytes, stop_strings: tuple[str, ...]) -> tuple[str, Co
     if not isinstance(text, str | None):
         raise NoResponseError("no text", f"the content is {shorten(text)}")
 
-    raw = (text or "").lstrip()
-    reasoning = REASONING.match(raw)
-    text = raw[reasoning.end() :] if reasoning else raw
+    raw = text or ""
+    reasoning = REASONING.match(raw.lstrip())
+    text = raw.lstrip()[reasoning.end() :] if reasoning else raw
     text = text[role.end() :] if (role := ROLE.match(text)) else text
     response = format_response(text, stop_strings)
     has_reasoning = reasoning or message.get("reasoning_content") or message.get("reasoning")

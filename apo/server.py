@@ -162,8 +162,8 @@ class ServerEngine:
         if num := self.usage["truncated"]:
             limit = self._body.get("max_tokens", self._body.get("max_completion_tokens"))
             mean = self.usage["truncated_tokens"] / num
-            words = "%d responses break off (finish_reason length) after %.0f tokens on average; --max_new_tokens: %s"
-            logger.warning(words, num, mean, limit)
+            tokens = f" after {mean:.0f} tokens on average" if mean else ""  # not every server counts them
+            logger.warning("%d responses break off (finish_reason length)%s; --max_new_tokens: %s", num, tokens, limit)
 
     def _count_missing(self, prompt: Prompt, error: NoResponseError | RefusedPromptError) -> None:
         """Counts a prompt without a response, and names the first one of each reason."""
@@ -226,8 +226,8 @@ class ServerEngine:
             return RefusedPromptError(f"{found} ({words})")
         expected = {
             None: "expected a running server there",
-            401: "expected OPENAI_API_KEY to hold a key that it accepts",
-            403: "expected OPENAI_API_KEY to hold a key that it accepts",
+            401: "expected OPENAI_API_KEY to hold a key that it accepts, or --base_url a user and password",
+            403: "expected OPENAI_API_KEY to hold a key that it accepts, or --base_url a user and password",
             404: "expected a base_url that usually ends in /v1, and the name of a model that it serves",
             "setting": "expected settings that it supports",
             "credit": "expected an account with credit",
