@@ -10,7 +10,7 @@ from typing import Any
 from apo.cli import describe, mask_secrets, secrets
 from apo.prompts import format_response
 
-MAX_BODY = 4 * 2**20  # bytes that are read of a body; 100,000 tokens need about 1 MB
+MAX_BODY = 2 * 2**20  # bytes that are read of a body; 100,000 tokens need about 1 MB
 MAX_WORDS = 300  # characters that a message shows of what the server said
 UNFINISHED = ("content_filter", "abort", "error")  # values of finish_reason that are counted under their own name
 OPEN, CLOSE = (rf"(?:<{slash}(?:seed:)?(?i:think|thinking)>|\[{slash}THINK\])" for slash in ("", "/"))

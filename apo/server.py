@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-from apo.cli import InputError, at_least, hidden, mask_secrets
+from apo.cli import InputError, at_least, hidden
 from apo.completion import MAX_BODY, NoResponseError, read_completion, read_error, shorten
 from apo.generation import derive_seed
 from apo.prompts import Prompt
@@ -98,8 +98,8 @@ class ServerEngine:
             url = httpx2.URL(address)
             if url.scheme not in ("http", "https") or not url.host:
                 raise ValueError("no such address")
-        except (httpx2.InvalidURL, ValueError) as error:
-            raise InputError(f"--base_url {mask_secrets(address)}: expected http://... ({error})") from None
+        except (httpx2.InvalidURL, ValueError):  # without its words and what is before the @: it may be a password
+            raise InputError(f"--base_url {address.rpartition('@')[2]}: expected http://... or https://...") from None
         authorization = f"Bearer {key or 'none'}"  # local servers need no key
         if url.userinfo:
             login = base64.b64encode(f"{url.username}:{url.password}".encode()).decode()
@@ -128,20 +128,23 @@ class ServerEngine:
         A second Ctrl-C gives them up.
 
         Raises:
-            InputError: a request failed after its retries, the server refused a prompt, or none of the first 20 has a
-                response.
+            InputError: a request failed after its retries, the server refused a prompt, or none of the first 20
+                prompts of all has a response.
         """
 
         def respond(prompt: Prompt) -> None:
             try:
                 responses = [self._request(prompt, sample) for sample in range(self._num_samples)]
             except (NoResponseError, RefusedPromptError) as error:
+                error.__traceback__ = None  # it holds the parsed body, maybe 100 MB, while others wait
                 self._count_missing(prompt, error)
                 return
             with self._lock:  # in the thread of the request: Ctrl-C cannot come between the response and the disk
                 keep(prompt, [text for text, _ in responses])
+                self._has_none = False
                 self.usage += sum((usage for _, usage in responses), Counter())
 
+        self._has_none = len(prompts) == len(self._rendered)  # neither this run nor an earlier one has a response
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         pool = ThreadPoolExecutor(self._flags.concurrency)
         try:
@@ -178,7 +181,7 @@ class ServerEngine:
             self.missing[reason] += 1
             if self.missing[reason] == 1:
                 logger.warning("%s: no response: %s; further ones are counted", place, error)
-            if self.missing.total() >= NUM_HOPELESS and not self.usage:
+            if self.missing.total() >= NUM_HOPELESS and self._has_none:
                 raise InputError(f"the first {NUM_HOPELESS} prompts have no response, the last is {place}: {error}")
 
     def _request(self, prompt: Prompt, sample: int) -> tuple[str, Counter[str]]:

@@ -8,8 +8,9 @@ writes the file that `tools/apo_data_converter.py --golden_data_path` reads, in 
     {"query_id": "...", "query": "<prompt>", "golden": " <response>"}
 
 The largest possible cost is logged before the first request; `--dry_run` ends there. An interrupted run resumes when
-it is started again, and a finished one requests only prompts that are new or were changed since. After a failure and
-Ctrl-C requests in progress are completed and kept; only a kill loses these, at most `--concurrency` of them.
+it is started again, and a finished one requests only prompts that are new, were changed since, or have no response;
+docs/data.md says what counts as one. After a failure and Ctrl-C requests in progress are completed and kept; a second
+Ctrl-C or a kill loses these, at most `--concurrency` of them.
 """
 
 from __future__ import annotations
