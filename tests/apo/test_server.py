@@ -268,13 +268,16 @@ def test_a_hostile_server_is_named_in_time(server, caplog, hostile, words):
 
 
 def test_a_run_without_any_response_ends_soon(server, caplog):
-    """Reasons are named once, and counted."""
+    """Reasons are named once, and counted. A run that asks again for what an earlier one has not got goes on."""
     server.whole_body = b'{"choices": []}'
     engine = make_engine(server, num_prompts=99, num_samples=1)
     with pytest.raises(InputError, match="the first 20 prompts have no response"):
         run(engine)
     assert len(server.requests) < 30 and caplog.text.count("no response: no choices") == 1
     assert 20 <= engine.missing["no choices"] < 30
+    engine = make_engine(server, num_prompts=41, num_samples=1)
+    engine.generate(engine.share[1:], lambda *_: None)
+    assert engine.missing == {"no choices": 40}
 
 
 @pytest.mark.parametrize("wish", ["0.3", "1e9", "nan", "inf", "-5", "Wed, 21 Oct 2099 07:28:00 GMT", "soon", None])
