@@ -7,8 +7,10 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
+import re
 import signal
 import sys
 from collections import Counter
@@ -19,6 +21,10 @@ from typing import Any, NoReturn
 from apo.launch import end_with_launcher, exit_worker, process_rank
 
 NUM_SHOWN = 5  # problems that one error message shows
+SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+# User and password of a URL, and keys in the forms of OpenAI and the Hugging Face Hub.
+SECRET_FORMS = re.compile(r"(?<=://)[^\s\"'<>]{1,200}(?=@)|\bsk-[\w*-]{16,}|\bhf_[A-Za-z0-9]{20,}")
+hidden: set[str] = set()  # further secrets: a token of a flag, the password of a URL
 
 
 class InputError(ValueError):
@@ -34,6 +40,26 @@ def raise_interrupt(signum: int, frame: Any = None, line: str = "the same comman
     raise Terminated(line) if signum == signal.SIGTERM else KeyboardInterrupt(line)
 
 
+def secrets() -> list[str]:
+    """Returns what no file, log or error may hold, the longest first; "none" and "EMPTY" are too short to be a key."""
+    values = hidden | {os.environ.get(name, "").strip() for name in SECRET_VARIABLES}
+    return sorted((value for value in values if len(value) > 5), key=len, reverse=True)
+
+
+def mask_secrets(text: str) -> str:
+    """Replaces each secret, and what has the form of one, by three stars."""
+    for secret in secrets():
+        text = text.replace(secret, "***")
+    return SECRET_FORMS.sub("***", text)
+
+
+class MaskedRecord(logging.LogRecord):
+    """A log record without secrets, whichever logger it comes from."""
+
+    def getMessage(self) -> str:
+        return mask_secrets(super().getMessage())
+
+
 def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
     """Makes a script's `main` end with one line on stderr, and no traceback, where the cause is outside of the code.
 
@@ -45,6 +71,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         handlers = {signum: signal.signal(signum, raise_interrupt) for signum in (signal.SIGTERM, signal.SIGINT)}
         end_with_launcher()
+        logging.setLogRecordFactory(MaskedRecord)
         try:
             main(*args, **kwargs)
             return
@@ -57,7 +84,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
         if status == 2 or not process_rank():
-            print(line.replace("\n", "\\n"), file=sys.stderr, flush=True)
+            print(mask_secrets(line).replace("\n", "\\n"), file=sys.stderr, flush=True)
         exit_worker(status)
 
     return wrapped

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -209,6 +210,7 @@ class LocalEngine:
         self.batches = batches[process_rank() :: count_processes()]
         self.share = [prompt for batch in self.batches for prompt in batch]
         self.notes: dict[str, Any] = {}
+        self.missing: Counter[str] = Counter()
         self.settings = {
             "max_length": flags.max_length,
             "dtype": self.dtype,
