@@ -60,7 +60,7 @@ def sample(monkeypatch, base_llama, data, tmp_path):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
         monkeypatch.setattr(sys, "argv", ["inference_llm.py", *command_line(**options)])
-        monkeypatch.setattr("apo.cli.exit_process", sys.exit)  # of several processes it would end this one
+        monkeypatch.setattr("apo.cli.exit_worker", sys.exit)  # of several processes it would end this one
         inference_llm.main()
         return tmp_path / folder / f"{NAME}_results.json"
 
