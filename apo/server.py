@@ -198,12 +198,13 @@ class ServerEngine:
                 status, wish, content = asyncio.run_coroutine_threadsafe(exchange, self._loop).result()
                 with self._lock:  # one parsed body in memory at a time
                     error = read_error(status, content)
-                    if error is None:
-                        text, usage = read_completion(content, self._stop_strings)
-                        return text, usage + Counter(retries=retries)
             except self._failures as failure:
                 words = shorten(str(failure)) or f"{type(failure).__name__}, --timeout is {self._flags.timeout:g} s"
                 wish, error = None, (None, "temporary", words)
+            if error is None:
+                with self._lock:
+                    text, usage = read_completion(content, self._stop_strings)
+                return text, usage + Counter(retries=retries)
             if error[1] != "temporary" or retries == most or self._ending.is_set():
                 break
             delay = retry_delay(retries, wish)
