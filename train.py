@@ -158,8 +158,8 @@ def main() -> None:
     if args.do_train:
         train_and_save(trainer)
     if args.task_type == "inference":
-        version = model_version(model_path, getattr(config, "_commit_hash", None))
-        rewards_depend_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings)}
+        rewards_depend_on = {"model": model_version(model_path, getattr(config, "_commit_hash", None))}
+        rewards_depend_on |= {"model_name_or_path": model_path, "tokenizer": tokenizer.fingerprint, **asdict(settings)}
         rewards_depend_on |= {"dtype": [model_args.dtype, str(compute_dtype)], "deepspeed": bool(args.deepspeed)}
         rewards_depend_on |= {"attention": [attention, model_args.padding_side], "data_type": data_args.data_type}
         for name, path in data_paths.items():
