@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apo.cli import InputError, sha256_of_file
+from apo.cli import InputError, locked, replacing, sha256_of_file, write_json
 from apo.records import PreferenceRecord, iter_preference_data, warn_of_fields
 
 if TYPE_CHECKING:
@@ -151,18 +151,22 @@ def _row_features() -> datasets.Features:
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes rows to an Arrow file, under a temporary name until it is whole."""
+    """Writes rows to an Arrow file, then its hash beside it."""
     from datasets.arrow_writer import ArrowWriter
 
-    temporary = path.with_suffix(f".{socket.gethostname()}.incomplete")  # the lock may not hold across machines
+    name = f"{path.stem}.{socket.gethostname()}.incomplete"  # the lock may not hold across machines
+    with replacing(path, name) as temporary, ArrowWriter(path=str(temporary), features=_row_features()) as writer:
+        for row in rows:
+            writer.write(row)
+        writer.finalize()
+    write_json(path.with_suffix(".sha256"), {path.name: sha256_of_file(path)})
+
+
+def _is_whole(path: Path) -> bool:
     try:
-        with ArrowWriter(path=str(temporary), features=_row_features()) as writer:
-            for row in rows:
-                writer.write(row)
-            writer.finalize()
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        return json.loads(path.with_suffix(".sha256").read_bytes()) == {path.name: sha256_of_file(path)}
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def load_preference_dataset(
@@ -180,7 +184,7 @@ def load_preference_dataset(
     """Reads, validates and tokenises a file once, into a memory-mapped Arrow file that later runs and ranks share.
 
     The cache is keyed by the bytes of the file, the tokenizer and the settings; a file lock lets one process of the
-    machine do the work while the others wait.
+    machine do the work while the others wait. A cache file that is not as it was written is made again.
 
     Returns:
         A data set with the rows of `tokenize_records`, in file order; the first `num_records` if that is given.
@@ -189,17 +193,18 @@ def load_preference_dataset(
         InputError: see `load_preference_data`.
     """
     import datasets
-    from filelock import FileLock
 
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
     key = [DATASET_VERSION, sha256_of_file(path), tokenizer.fingerprint, data_type, settings, sorted(response_keys)]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     cache_path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "preference_data", f"{name}.arrow")
-    cache_path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{cache_path}.lock"):
-        if not cache_path.exists():
-            records = iter_preference_data(path, data_type, add_sep_token, response_keys)
-            _write_rows(cache_path, tokenize_records(records, tokenizer, **settings))
+    if not _is_whole(cache_path):
+        with locked(cache_path, wait=True):
+            if not _is_whole(cache_path):  # another process has not made it in the meantime
+                if cache_path.exists():
+                    logger.warning("%s: damaged, tokenising %s again", cache_path, path)
+                records = iter_preference_data(path, data_type, add_sep_token, response_keys)
+                _write_rows(cache_path, tokenize_records(records, tokenizer, **settings))
     dataset = datasets.Dataset.from_file(str(cache_path))
     if num_records is not None:
         dataset = dataset.select(range(min(len(dataset), num_records)))

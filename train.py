@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.cli import exit_on_input_error, sha256_of_file, write_json
 from apo.launch import exit_worker, prepare_deepspeed, set_ranks_of_one_process, setup_logging
-from apo.run_state import choose_start, is_finished, locked, recorded_run, saving, weights_depend_on
+from apo.run_state import choose_start, exclusive, is_finished, recorded_run, saving, weights_depend_on
 from reward_datasets import RewardDataCollator, load_preference_dataset, merge_training_data, name_datasets
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def start_training(args: RewardTrainingArguments, depends_on: dict[str, Any], st
 
     has_finished = start = None
     if args.process_index == 0:
-        stack.enter_context(locked(args.output_dir))
+        stack.enter_context(exclusive(args.output_dir))
         has_finished = is_finished(args.output_dir, depends_on)
         if not has_finished:
             start = choose_start(args.output_dir, args.resume_from_checkpoint, depends_on, args.allow_changes)
@@ -208,7 +208,8 @@ def run(stack: contextlib.ExitStack) -> None:
     if args.do_train:
         train_and_save(trainer)
     if args.task_type == "inference":
-        rewards_depend_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings)}
+        rewards_depend_on = {"model": version, "model_name_or_path": model_path, "tokenizer": tokenizer.fingerprint}
+        rewards_depend_on |= asdict(settings)
         rewards_depend_on |= {"dtype": [model_args.dtype, str(compute_dtype)], "deepspeed": bool(args.deepspeed)}
         rewards_depend_on |= {"attention": [attention, model_args.padding_side], "data_type": data_args.data_type}
         for name, path in data_paths.items():

@@ -1,4 +1,4 @@
-"""What every command line shares: one-line errors, the parser, atomic writing."""
+"""What every command line shares: one-line errors, the parser, atomic writing, locks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import math
 import os
 import re
 import signal
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -20,11 +21,14 @@ from typing import Any, NoReturn
 
 from apo.launch import end_with_launcher, exit_worker, process_rank
 
+logger = logging.getLogger(__name__)
+
 NUM_SHOWN = 5  # problems that one error message shows
 SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
 # User and password of a URL, and keys in the forms of OpenAI and the Hugging Face Hub.
 SECRET_FORMS = re.compile(r"(?<=://)[^\s\"'<>]{1,200}(?=@)|\bsk-[\w*-]{16,}|\bhf_[A-Za-z0-9]{20,}")
 hidden: set[str] = set()  # further secrets: a token of a flag, the password of a URL
+LOCK_SECONDS = 5  # before a process says that it waits
 
 
 class InputError(ValueError):
@@ -33,6 +37,13 @@ class InputError(ValueError):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM arrived, from a scheduler or a launcher. A plain KeyboardInterrupt is SIGINT, from Ctrl-C."""
+
+
+def refuse(difference: str, allowed: bool) -> None:
+    """Raises an InputError for inputs that do not belong together; with --allow_other_data it is a warning."""
+    if not allowed:
+        raise InputError(f"{difference}, or allow it by --allow_other_data")
+    logger.warning(difference)
 
 
 def raise_interrupt(signum: int, frame: Any = None, line: str = "the same command starts again") -> NoReturn:
@@ -117,24 +128,69 @@ def at_least(least: float) -> Callable[[str], float]:
     return parse
 
 
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Renames a complete file; its bytes are on the disk before, the new name after."""
+    _fsync(temporary)
+    os.replace(temporary, path)
+    with contextlib.suppress(OSError):  # some file systems cannot do it for a folder
+        _fsync(path.parent)
+
+
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, temporary_name: str | None = None) -> Iterator[Path]:
     """Gives a temporary name beside `path` and renames it at the end, so that a killed run leaves no partial file.
 
     Raises:
         InputError: the file cannot be written, or its text is no valid Unicode.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name or f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        publish(temporary, path)
     except (OSError, UnicodeEncodeError) as error:
         raise InputError(f"{path}: cannot be written ({error}); give another place, or fix the text") from error
     finally:
         with contextlib.suppress(OSError):  # renamed, or never there
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, *, wait: bool) -> Iterator[None]:
+    """Holds the lock `<path>.lock`, which names its process and ends with it; else waits, or raises an InputError."""
+    from filelock import FileLock, Timeout  # takes time that a command line without a lock saves
+
+    lock, file = FileLock(f"{path}.lock"), Path(f"{path}.lock")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOCK_SECONDS if wait else 0)
+    except Timeout as error:
+        holder = "another process"
+        with contextlib.suppress(OSError):  # released in the meantime
+            holder = file.read_text(errors="replace") or holder
+        if not wait:
+            raise InputError(f"found {file}, held by {holder}; wait until it ends, or write elsewhere") from error
+        logger.warning("waiting for %s, held by %s", file, holder)
+        lock.acquire()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error}); give another place") from error
+    with contextlib.suppress(OSError):
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # FileLock sees that a file which it opened was deleted in the meantime
+            file.write_text("") if wait else file.unlink()
+        lock.release()
 
 
 def write_json(path: str | Path, obj: Any) -> None:

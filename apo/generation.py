@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from apo.cli import InputError, describe_counts, first_few
+from apo.cli import InputError, describe_counts, first_few, locked
 from apo.launch import process_rank
 from apo.prompts import Prompt, count_cuts, format_response
 from apo.resume import Keep, ResultStore, complete_items
@@ -98,10 +98,6 @@ def generate_responses(
     Returns:
         the records, see `make_records`; None if this run did not write them.
     """
-    kept, written = load_finished(store, fields)
-    if list(written) == [prompt.key for prompt in prompts]:
-        logger.info("%s already exists, with these settings; delete it to start again", store.result_path)
-        return None
 
     def work(todo: dict[str, Prompt], keep: Keep) -> None:
         num_cut = 0
@@ -115,16 +111,21 @@ def generate_responses(
         if num_cut:
             logger.info("%d responses cut where they continue as the user", num_cut)
 
-    return complete_items(
-        store,
-        {prompt.key: prompt for prompt in prompts},
-        written | kept,
-        work,
-        lambda responses: make_records(prompts, responses, fields, engine.missing),
-        noun="prompts",
-        share=[prompt.key for prompt in engine.share],
-        progress=process_rank() == 0,
-    )
+    with locked(store.lock_path, wait=False):
+        kept, written = load_finished(store, fields)
+        if list(written) == [prompt.key for prompt in prompts]:
+            logger.info("%s already exists, with these settings; delete it to start again", store.result_path)
+            return None
+        return complete_items(
+            store,
+            {prompt.key: prompt for prompt in prompts},
+            written | kept,
+            work,
+            lambda responses: make_records(prompts, responses, fields, engine.missing),
+            noun="prompts",
+            share=[prompt.key for prompt in engine.share],
+            progress=process_rank() == 0,
+        )
 
 
 def make_records(

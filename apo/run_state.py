@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apo.cli import InputError, first_few, sha256_of_file, write_json
+from apo.cli import InputError, first_few, locked, sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -181,22 +181,10 @@ def recorded_run(output_dir: str | Path, depends_on: Mapping[str, Any]) -> Itera
 
 
 @contextlib.contextmanager
-def locked(output_dir: str | Path) -> Iterator[None]:
-    """Keeps other runs out of an output folder; the system frees the lock of a killed run."""
-    from filelock import FileLock, Timeout
-
-    try:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        lock = FileLock(Path(output_dir, ".run.lock"))
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        holder = read_json_object(Path(output_dir, STATE)).get("pid", "unknown")
-        advice = "wait for its end, or choose another --output_dir"
-        raise InputError(f"{output_dir}: another run writes there (process {holder}); {advice}") from error
-    except OSError as error:
-        raise InputError(f"{output_dir}: cannot be written ({error.strerror}); give another --output_dir") from error
-    with lock:
-        for temporary in Path(output_dir).glob(".*.tmp"):  # of a run that was killed
+def exclusive(output_dir: str | Path) -> Iterator[None]:
+    """Keeps other runs out of an output folder, and deletes the temporary files of a run that was killed there."""
+    with locked(Path(output_dir, "run"), wait=False):
+        for temporary in Path(output_dir).glob(".*.tmp"):
             temporary.unlink()
         yield
 

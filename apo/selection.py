@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from apo.cli import InputError, first_few
+from apo.cli import InputError, first_few, refuse, sha256_of_file
 from apo.records import SEPARATOR, iter_valid, load_rewards, parse_record
+from apo.resume import model_version, read_recorded
 from apo.statistics import expected_best, mean_and_interval
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,20 @@ def load_scored_prompts(data_path: Path, score_path: Path, response_keys: Iterab
     if problems:
         raise InputError(f"{score_path}: not the rewards of {data_path}: {'; '.join(problems)}; {ADVICE}")
     return prompts
+
+
+def check_origin(data_path: Path, score_path: Path, allow_other_data: bool) -> dict[str, Any]:
+    """Returns the hashes of data, rewards and reward model; refuses others than are recorded beside the rewards."""
+    recorded = read_recorded(score_path)
+    if "data_sha256" not in recorded:
+        logger.warning("%s: no settings file records of which data these are the rewards", score_path)
+    now = {"data_sha256": sha256_of_file(data_path), "result_sha256": sha256_of_file(score_path)}
+    if Path(model := str(recorded.get("model_name_or_path"))).is_dir():
+        now["model"] = model_version(model, None)
+    if different := [name for name in now if recorded.get(name, now[name]) != now[name]]:
+        found = "; ".join(f"{name} is {now[name]}, recorded is {recorded[name]}" for name in different)
+        refuse(f"{score_path}: not the rewards of {data_path} as it is now: {found}; score it again", allow_other_data)
+    return now
 
 
 def with_target(prompt: ScoredPrompt) -> dict[str, Any]:

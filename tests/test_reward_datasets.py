@@ -161,6 +161,59 @@ def test_partial_cache_of_a_killed_run_is_not_used(tmp_path, tokenizer):
     assert not cached.with_suffix(f".{socket.gethostname()}.incomplete").exists()
 
 
+def flip_bit(path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 0x40
+    path.write_bytes(data)
+
+
+def copy_other(path) -> None:
+    """Both files are those of another cache entry."""
+    for suffix in (".arrow", ".sha256"):
+        [other] = [file for file in path.parent.glob(f"*{suffix}") if file.stem != path.stem]
+        path.with_suffix(suffix).write_bytes(other.read_bytes())
+
+
+BITS = (0.05, 0.2, 0.35, 0.5, 0.7, 0.9)  # places of flipped bits, as shares of the file
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    **{
+        f"bit at {place}": lambda path, place=place: flip_bit(path, place)
+        for place in (0.05, 0.2, 0.35, 0.5, 0.7, 0.9)
+    },
+    "other content": copy_other,
+    "no hash": lambda path: path.with_suffix(".sha256").unlink(),
+    "binary hash": lambda path: path.with_suffix(".sha256").write_bytes(b"\xff\xfe"),
+    "deep hash": lambda path: path.with_suffix(".sha256").write_bytes(b"[" * 99999),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_cache_is_made_again(tmp_path, tokenizer, caplog, damage):
+    path = write_records(tmp_path / "a.json", PAIRS)
+    first = load(path, tokenizer, cache_dir=str(tmp_path))[:]
+    [cached] = (tmp_path / "preference_data").glob("*.arrow")
+    load(path, tokenizer, cache_dir=str(tmp_path), max_length=32)
+    whole = cached.read_bytes()
+    damage(cached)
+    assert load(path, tokenizer, cache_dir=str(tmp_path))[:] == first
+    assert caplog.messages == [f"{cached}: damaged, tokenising {path} again"]
+    assert cached.read_bytes() == whole
+    assert load(path, tokenizer, cache_dir=str(tmp_path))[:] == first and len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".sha256"])
+def test_folder_in_place_of_a_cache_file_is_one_line(tmp_path, tokenizer, suffix):
+    path = write_records(tmp_path / "a.json", PAIRS)
+    load(path, tokenizer, cache_dir=str(tmp_path))
+    [file] = (tmp_path / "preference_data").glob(f"*{suffix}")
+    file.unlink()
+    (file / "full").mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"{suffix}: cannot be written \(.*Is a directory"):
+        load(path, tokenizer, cache_dir=str(tmp_path))
+
+
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6).map(lambda ids: [1, *ids]), min_size=1, max_size=5))
 def test_length_counts_shared_prefixes_once(sequences):
     """A prefix tree has one token for each different prefix of its sequences."""

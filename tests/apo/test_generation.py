@@ -1,5 +1,6 @@
 """Decoding, seeds, and the run that generates the responses of a file."""
 
+import os
 import threading
 from collections import Counter
 
@@ -32,8 +33,8 @@ class FakeEngine:
                 thread.join()
 
 
-def generate(folder, engine, prompts=PROMPTS):
-    store = ResultStore(folder / "r.json", {"seed": 1})
+def generate(folder, engine, prompts=PROMPTS, seed=1):
+    store = ResultStore(folder / "r.json", {"seed": seed})
     return generate_responses(store, prompts, engine, fields=FIELDS, stop_strings=("\nHuman",))
 
 
@@ -51,6 +52,16 @@ def test_records_hold_trimmed_responses_in_the_order_of_the_prompts(tmp_path, ca
     assert [record["query_id"] for record in records] == list("0123")
     assert "4 responses cut where they continue as the user" in caplog.text
     assert generate(tmp_path, FakeEngine()) is None and "already exists" in caplog.text
+
+
+def test_second_run_into_the_same_file_is_refused(tmp_path):
+    """The engine of the first run starts the second one, whose settings are others."""
+    engine = FakeEngine()
+    engine.generate = lambda prompts, keep: generate(tmp_path, FakeEngine(), seed=2)
+    with pytest.raises(InputError, match=rf"found {tmp_path}/r.rank0.lock, held by process {os.getpid()} on "):
+        generate(tmp_path, engine)
+    generate(tmp_path, FakeEngine())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.settings.json"]
 
 
 def test_refused_and_changed_prompts_are_the_only_ones_generated_again(tmp_path, caplog):

@@ -14,9 +14,9 @@ from apo.run_state import (
     check_weights,
     choose_start,
     describe_changes,
+    exclusive,
     find_fault,
     is_finished,
-    locked,
     record_checkpoint,
     recorded_run,
     saving,
@@ -209,16 +209,16 @@ def test_run_that_does_not_end_well_is_recorded_and_its_model_is_named(tmp_path,
 
 
 def test_second_run_into_a_folder_is_refused_while_the_first_runs(tmp_path):
-    with locked(tmp_path), recorded_run(tmp_path, MADE_FROM):
-        second = pytest.raises(InputError, match=rf"another run writes there \(process {os.getpid()}\)")
-        with second, locked(tmp_path):
+    with exclusive(tmp_path), recorded_run(tmp_path, MADE_FROM):
+        second = pytest.raises(InputError, match=rf"run.lock, held by process {os.getpid()}")
+        with second, exclusive(tmp_path):
             pass
-    with locked(tmp_path):
+    with exclusive(tmp_path):
         pass
 
 
 def test_output_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "o").touch()
-    refusal = pytest.raises(InputError, match=r"o: cannot be written \(File exists\); give another --output_dir")
-    with refusal, locked(tmp_path / "o"):
+    refusal = pytest.raises(InputError, match=r"o/run.lock: cannot be written \(.*File exists.*\); give another place")
+    with refusal, exclusive(tmp_path / "o"):
         pass

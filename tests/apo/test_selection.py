@@ -1,5 +1,6 @@
 """Selection: the choice by rewards, the best-of-n estimator, and files that belong together."""
 
+import hashlib
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apo.cli import InputError
+from apo.resume import model_version
 from apo.selection import (
     ScoredPrompt,
     best_of_n,
+    check_origin,
     find_score_file,
     load_scored_prompts,
     make_report,
@@ -201,3 +204,33 @@ def test_score_file_may_be_given_by_its_folder_and_suffix(tmp_path):
 def test_rewards_of_other_data_are_refused_with_ids_and_counts(tmp_path, records, rewards, message):
     with pytest.raises(InputError, match=message):
         load(tmp_path, records, rewards)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [("samples.json", "data_sha256"), ("rewards.json", "result_sha256"), ("rm/model.safetensors", "model")],
+)
+def test_rewards_of_what_was_changed_since_are_refused_unless_allowed(tmp_path, caplog, changed, name):
+    paths = data, rewards, _ = [tmp_path / part for part in ("samples.json", "rewards.json", "rm/model.safetensors")]
+    for path in paths:
+        write_records(path, [])
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (data, rewards)]
+    recorded = {"data_sha256": hashes[0], "result_sha256": hashes[1]}
+    recorded |= {"model_name_or_path": str(tmp_path / "rm"), "model": model_version(str(tmp_path / "rm"), None)}
+    write_records(tmp_path / "rewards.settings.json", recorded)
+    assert check_origin(data, rewards, False).items() <= recorded.items() and caplog.text == ""
+    write_records(tmp_path / changed, [0])
+    with pytest.raises(InputError, match=f"not the rewards of .*: {name} is .*, or allow it by --allow_other_data"):
+        check_origin(data, rewards, False)
+    check_origin(data, rewards, True)
+    assert f"not the rewards of {data} as it is now: {name} is" in caplog.text
+
+
+@pytest.mark.parametrize("settings_file", [None, "[]", "{", "{}"])
+def test_rewards_without_a_record_are_a_warning(tmp_path, caplog, settings_file):
+    for name in ("samples.json", "rewards.json"):
+        write_records(tmp_path / name, [])
+    if settings_file is not None:
+        (tmp_path / "rewards.settings.json").write_text(settings_file)
+    check_origin(tmp_path / "samples.json", tmp_path / "rewards.json", False)
+    assert "rewards.json: no settings file records of which data these are the rewards" in caplog.text
