@@ -89,6 +89,7 @@ class DataArguments:
     eval_data_path: list[str] = field(
         default_factory=list, metadata={"help": "Evaluation files, each evaluated under its own name; files to score."}
     )
+    response_keys: list[str] = field(default_factory=list, metadata={"help": "Fields to score besides sample_<n>."})
     data_suffix: str = HfArg(default="reward_model", help="Names the model in <data>_pred_<suffix>_results.json.")
     cache_dir: str | None = HfArg(default=None, help="Cache of tokenised data (default: the one of datasets).")
 
@@ -128,6 +129,9 @@ class RewardTrainingArguments(TrainingArguments):
     )
     logging_nan_inf_filter: bool = HfArg(default=False, help="No effect: a loss that is not finite ends the run.")
     debug_mode: bool = HfArg(default=False, help="Use the first 64 records of each file only.")
+    allow_changes: bool = HfArg(
+        default=False, help="Resume although data or flags differ from those of the checkpoint."
+    )
     eval_strategy: str = HfArg(
         default="no", aliases=["--evaluation_strategy"], help="When to evaluate: no, steps or epoch."
     )
@@ -291,6 +295,8 @@ def _unknown_flag(flag: str, known: list[str]) -> str:
 
 
 def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None:
+    if data_args.response_keys and data_args.data_type != "reject_sample":
+        raise InputError("--response_keys is for --data_type reject_sample, the records with responses to score")
     if args.task_type == "inference":
         if args.do_train:
             raise InputError("--task_type inference scores --eval_data_path; it takes no --do_train True")
@@ -312,43 +318,3 @@ def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None
         raise InputError("--metric_for_best_model and --save_strategy best need --eval_strategy steps or epoch")
     if args.save_strategy == "best" and not args.metric_for_best_model:
         raise InputError("--save_strategy best needs --metric_for_best_model")
-    if args.do_train:
-        check_output_dir(args)
-
-
-def check_output_dir(args: RewardTrainingArguments) -> None:
-    """Settles `--resume_from_checkpoint`, and refuses to mix a new run with the checkpoints of another.
-
-    Raises:
-        InputError: checkpoints in the output folder of a new run, or no checkpoint to resume from.
-    """
-    checkpoints = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    checkpoints.sort(key=lambda path: int(path.name[11:]))
-    resume = str(args.resume_from_checkpoint or "false")
-    if resume.lower() == "false":
-        args.resume_from_checkpoint = None
-        if checkpoints:
-            raise InputError(
-                f"{args.output_dir} holds checkpoints of an earlier run ({checkpoints[-1].name}); choose another "
-                "--output_dir, delete them, or resume with --resume_from_checkpoint true"
-            )
-        return
-    while resume.lower() == "true" and checkpoints and not _is_complete(checkpoints[-1]):
-        logger.warning("%s is skipped: it is incomplete", checkpoints.pop())  # the state is saved last
-    if resume.lower() == "true" and not checkpoints:
-        raise InputError(f"--resume_from_checkpoint true, but {args.output_dir} has no complete checkpoint-*")
-    checkpoint = checkpoints[-1] if resume.lower() == "true" else Path(resume)
-    if not _is_complete(checkpoint):
-        raise InputError(
-            f"--resume_from_checkpoint {checkpoint}: found no complete trainer_state.json; expected a checkpoint-N"
-        )
-    args.resume_from_checkpoint = str(checkpoint)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the file that is written last exists and is complete."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from apo.cli import InputError
 from apo.divergence import refuse_non_finite
+from apo.run_state import check_weights
 from apo.tokenizer import RewardTokenizer
 from apo.tree import prepare_attention
 
@@ -210,7 +211,7 @@ def load_config(path: str) -> LlamaConfig:
     if _is_local(path) and not Path(path).exists():
         raise InputError(f"{path}: no such folder; expected a model folder or the name of a model on the Hub")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub have many kinds for a model or a config they refuse
         reason = " ".join(str(error).split())
         raise InputError(
@@ -260,6 +261,7 @@ def load_reward_model(
         InputError: the checkpoint lacks weights other than the reward head, or the head where it is needed, or a
             weight is not finite, or the only head is another library's and is not trained anew.
     """
+    check_weights(path)
     set_seed(seed)
     config.pad_token_id = None  # set below: an added pad token lies beyond the table that is loaded
     config.reward_settings = asdict(settings)

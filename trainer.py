@@ -15,6 +15,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from apo.cli import InputError, first_few
 from apo.divergence import GuardedTrainer
+from apo.resumable import ResumableTrainer
 from arguments import RewardTrainingArguments
 from models import RewardModelOutput
 from reward_datasets import batch_by_tokens
@@ -190,7 +191,7 @@ def in_file_order(
     return tuple(np.where(absent, np.nan, array[rows]) for array in predictions), tuple(x[rows] for x in labels)
 
 
-class RewardModelTrainer(GuardedTrainer):
+class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
     """Trains a `RewardModel` on batches of `RewardDataCollator`.
 
     Evaluation gathers the rewards of all pairs and computes metrics and loss over all of them, so that they depend
@@ -360,6 +361,13 @@ class RewardModelTrainer(GuardedTrainer):
             del logs["grad_norm"]  # of a step that fp16 skips; JSON has no infinity
         super().log(logs, start_time)
 
+    def _progress(self) -> dict[str, Any]:
+        return {**super()._progress(), "window": self._window.state()}
+
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
+        super()._restore_progress(progress)
+        self._window.restore(progress["window"], self.args.device)
+
 
 class TrainingWindow:
     """Sums over the micro-batches since the last log, on the device, gathered only when logged."""
@@ -397,3 +405,11 @@ class TrainingWindow:
             logs["apo_accuracy"] = total["golden_correct"] / total["golden"]
         self._sums = {}
         return logs
+
+    def state(self) -> dict[str, float]:
+        """The sums, as JSON holds them."""
+        return {name: value.item() for name, value in self._sums.items()}
+
+    def restore(self, state: dict[str, float], device: torch.device) -> None:
+        """Continues the sums of `state`."""
+        self._sums = {name: torch.tensor(value, dtype=torch.double, device=device) for name, value in state.items()}

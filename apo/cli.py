@@ -1,4 +1,4 @@
-"""What every command line shares: one-line errors, the parser, atomic writing."""
+"""What every command line shares: one-line errors, the parser, atomic writing, locks."""
 
 from __future__ import annotations
 
@@ -7,40 +7,99 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
+import re
+import signal
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from apo.launch import process_rank
+from apo.launch import end_with_launcher, exit_worker, process_rank
+
+logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 5  # problems that one error message shows
+SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+# User and password of a URL, and keys in the forms of OpenAI and the Hugging Face Hub.
+SECRET_FORMS = re.compile(r"(?<=://)[^\s\"'<>]{1,200}(?=@)|\bsk-[\w*-]{16,}|\bhf_[A-Za-z0-9]{20,}")
+hidden: set[str] = set()  # further secrets: a token of a flag, the password of a URL
+LOCK_SECONDS = 5  # before a process says that it waits
 
 
 class InputError(ValueError):
     """Wrong input from outside. Its text is the line that the user reads: what came, what was expected, what to do."""
 
 
-def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
-    """Makes a script's `main` end with one line on stderr and exit status 2 on an `InputError`.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived, from a scheduler or a launcher. A plain KeyboardInterrupt is SIGINT, from Ctrl-C."""
 
-    Under torchrun every process that finds the error reports it, all but the first with their rank.
+
+def refuse(difference: str, allowed: bool) -> None:
+    """Raises an InputError for inputs that do not belong together; with --allow_other_data it is a warning."""
+    if not allowed:
+        raise InputError(f"{difference}, or allow it by --allow_other_data")
+    logger.warning(difference)
+
+
+def raise_interrupt(signum: int, frame: Any = None, line: str = "the same command starts again") -> NoReturn:
+    """Handles SIGTERM and SIGINT: ends what runs now with an exception, whose text says how to go on."""
+    raise Terminated(line) if signum == signal.SIGTERM else KeyboardInterrupt(line)
+
+
+def secrets() -> list[str]:
+    """Returns what no file, log or error may hold, the longest first; "none" and "EMPTY" are too short to be a key."""
+    values = hidden | {os.environ.get(name, "").strip() for name in SECRET_VARIABLES}
+    return sorted((value for value in values if len(value) > 5), key=len, reverse=True)
+
+
+def mask_secrets(text: str) -> str:
+    """Replaces each secret, and what has the form of one, by three stars."""
+    for secret in secrets():
+        text = text.replace(secret, "***")
+    return SECRET_FORMS.sub("***", text)
+
+
+class MaskedRecord(logging.LogRecord):
+    """A log record without secrets, whichever logger it comes from."""
+
+    def getMessage(self) -> str:
+        return mask_secrets(super().getMessage())
+
+
+def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Makes a script's `main` end with one line on stderr, and no traceback, where the cause is outside of the code.
+
+    Exit status: 2 on an `InputError`, and on a file that cannot be read or written; 130 on SIGINT, 143 on SIGTERM.
+    Under torchrun every process that finds an error reports it, all but the first with their rank.
     """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        handlers = {signum: signal.signal(signum, raise_interrupt) for signum in (signal.SIGTERM, signal.SIGINT)}
+        end_with_launcher()
+        logging.setLogRecordFactory(MaskedRecord)
         try:
             main(*args, **kwargs)
-        except InputError as error:
-            if "tqdm" in sys.modules:  # a progress bar leaves the cursor in its line
-                for bar in list(sys.modules["tqdm"].tqdm._instances):
-                    bar.close()
-            name = f"error of rank {process_rank()}: " if process_rank() else "error: "
-            print(name + str(error).replace("\n", "\\n"), file=sys.stderr, flush=True)
-            sys.exit(2)
+            return
+        except KeyboardInterrupt as error:
+            status = 143 if isinstance(error, Terminated) else 130
+            line = f"interrupted: {str(error) or 'the same command goes on'}"
+        except (InputError, OSError) as error:
+            status, line = 2, f"error of rank {process_rank()}: {error}" if process_rank() else f"error: {error}"
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        if "tqdm" in sys.modules:  # a progress bar leaves the cursor in its line
+            for bar in list(sys.modules["tqdm"].tqdm._instances):
+                bar.close()
+        if status == 2 or not process_rank():
+            print(mask_secrets(line).replace("\n", "\\n"), file=sys.stderr, flush=True)
+        exit_worker(status)
 
     return wrapped
 
@@ -72,24 +131,69 @@ def at_least(least: float) -> Callable[[str], float]:
     return parse
 
 
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Renames a complete file; its bytes are on the disk before, the new name after."""
+    _fsync(temporary)
+    os.replace(temporary, path)
+    with contextlib.suppress(OSError):  # some file systems cannot do it for a folder
+        _fsync(path.parent)
+
+
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, temporary_name: str | None = None) -> Iterator[Path]:
     """Gives a temporary name beside `path` and renames it at the end, so that a killed run leaves no partial file.
 
     Raises:
         InputError: the file cannot be written, or its text is no valid Unicode.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(temporary_name or f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        publish(temporary, path)
     except (OSError, UnicodeEncodeError) as error:
         raise InputError(f"{path}: cannot be written ({error}); give another place, or fix the text") from error
     finally:
         with contextlib.suppress(OSError):  # renamed, or never there
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, *, wait: bool) -> Iterator[None]:
+    """Holds the lock `<path>.lock`, which names its process and ends with it; else waits, or raises an InputError."""
+    from filelock import FileLock, Timeout  # takes time that a command line without a lock saves
+
+    lock, file = FileLock(f"{path}.lock"), Path(f"{path}.lock")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOCK_SECONDS if wait else 0)
+    except Timeout as error:
+        holder = "another process"
+        with contextlib.suppress(OSError):  # released in the meantime
+            holder = file.read_text(errors="replace") or holder
+        if not wait:
+            raise InputError(f"found {file}, held by {holder}; wait until it ends, or write elsewhere") from error
+        logger.warning("waiting for %s, held by %s", file, holder)
+        lock.acquire()
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error}); give another place") from error
+    with contextlib.suppress(OSError):
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # FileLock sees that a file which it opened was deleted in the meantime
+            file.write_text("") if wait else file.unlink()
+        lock.release()
 
 
 def write_json(path: str | Path, obj: Any) -> None:
@@ -104,6 +208,8 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 def sha256_of_file(path: str | Path) -> str:
     """Returns the sha256 of a file's bytes in hexadecimal."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file, or a folder; give the path of an existing file")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):

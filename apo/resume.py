@@ -23,12 +23,21 @@ Keep = Callable[[str, list[Any]], None]
 
 
 def model_version(path: str, commit: str | None) -> str | None:
-    """Returns what changes with a model: a hash of names, sizes and times of its files, or the commit on the Hub."""
+    """Returns what changes with a model: a hash of the names and bytes of its files, or the commit on the Hub."""
     if not Path(path).is_dir():
         return commit
     files = sorted(file for pattern in MODEL_FILES for file in Path(path).glob(pattern))
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(stats).encode()).hexdigest()
+    hashes = [(file.name, sha256_of_file(file)) for file in files]
+    return hashlib.sha256(repr(hashes).encode()).hexdigest()
+
+
+def read_recorded(result_path: Path) -> dict[str, Any]:
+    """Returns what a result was made from, as its settings file records it; empty where that cannot be read."""
+    try:
+        recorded = json.loads(result_path.with_suffix(".settings.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def refuse_overwriting(data_path: str | Path, result_path: Path) -> None:
@@ -52,9 +61,9 @@ class ResultStore:
         self.result_path = result_path
         self.settings = dict(settings)
         self.notes = dict(notes or {})
-        self.settings_path = result_path.with_suffix(".settings.json")
         self.fingerprint = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self._own_path = result_path.with_suffix(f".{self.fingerprint}.rank{rank}.partial.jsonl")
+        self.lock_path = result_path.with_suffix(f".rank{rank}")  # to hold from `load` to `finish`
         self._file: Any = None
 
     def _partial_paths(self, fingerprint: str) -> list[Path]:
@@ -82,12 +91,8 @@ class ResultStore:
 
     def load_result(self) -> list[dict[str, Any]] | None:
         """Reads the result of these settings; None if it does not exist or was changed. Call it after `load`."""
-        try:
-            recorded = json.loads(self.settings_path.read_text(encoding="utf-8"))
-            is_ours = recorded == {**recorded, **self._record()}
-        except (OSError, ValueError, TypeError):
-            return None
-        if not is_ours:
+        recorded = read_recorded(self.result_path)
+        if not self.result_path.is_file() or recorded != {**recorded, **self._record()}:
             return None
         self._warn_of_changed(recorded)
         return json.loads(self.result_path.read_text(encoding="utf-8"))
@@ -114,7 +119,6 @@ class ResultStore:
         try:
             if self.result_path.is_dir():
                 raise IsADirectoryError(None, "a folder of that name exists")
-            self.result_path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self._own_path, "ab")  # noqa: SIM115  closed by close()
         except OSError as error:
             expected = "expected a place for the result and for files beside it"
@@ -141,7 +145,7 @@ class ResultStore:
         """Writes the result, then its settings, then deletes the partial files; several processes may do this."""
         self.close()
         write_json(self.result_path, records)
-        write_json(self.settings_path, {**self._record(), **self.notes})
+        write_json(self.result_path.with_suffix(".settings.json"), {**self._record(), **self.notes})
         for path in self._partial_paths(self.fingerprint):
             path.unlink(missing_ok=True)
 
@@ -163,6 +167,7 @@ def complete_items(
     """Does the work that earlier runs have not done, keeps each finished item, and writes the result.
 
     Processes that share the items do not wait for each other: the one that finds all of them done writes the result.
+    Read `done` and call it while `store.lock_path` is locked.
 
     Args:
         items: all items by key, in order.

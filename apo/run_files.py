@@ -6,19 +6,30 @@ import json
 import platform
 import subprocess
 from collections.abc import Sequence
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from apo.cli import sha256_of_file, write_json
+from apo.cli import InputError, replacing, sha256_of_file, write_json
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
+MARKDOWN_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", "\n": " ", "\r": " "} | {c: f"\\{c}" for c in "\\`|*["})
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file that a run wrote."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: broken JSON ({error}); expected a file that train.py wrote") from error
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int = 1) -> str:
     """Returns a Markdown table that is also aligned in a terminal: text to the left, numbers to the right."""
     columns = []
-    for i, cells in enumerate(zip(header, *rows, strict=True)):
+    for i, column in enumerate(zip(header, *rows, strict=True)):
+        cells = [cell.translate(MARKDOWN_ESCAPES) for cell in column]
         width = max(3, *map(len, cells))
         is_text = i < num_text_columns
         rule = "-" * width if is_text else "-" * (width - 1) + ":"
@@ -37,7 +48,7 @@ def git_commit() -> str:
 
 
 def write_manifest(output_dir: str, arguments: dict[str, Any], data_paths: list[str]) -> None:
-    """Writes `arguments.json` (every resolved flag) and `manifest.json` (inputs, versions, commit, seed)."""
+    """Writes `arguments.json` (every flag) and `manifest.json` (inputs, versions, commit, seed, all `runs`)."""
     write_json(Path(output_dir) / "arguments.json", arguments)
     manifest = {
         "data": {path: sha256_of_file(path) for path in data_paths},
@@ -46,15 +57,19 @@ def write_manifest(output_dir: str, arguments: dict[str, Any], data_paths: list[
         "commit": git_commit(),
         "seed": arguments["seed"],
         "num_processes": arguments["world_size"],
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        **{name: arguments.get(name) for name in ("task_type", "model_name_or_path")},
     }
-    write_json(Path(output_dir) / "manifest.json", manifest)
+    path = Path(output_dir) / "manifest.json"
+    earlier = read_json(path) if path.is_file() else {"runs": []}
+    write_json(path, {**manifest, "runs": [*earlier.get("runs", [earlier]), manifest]})
 
 
 def write_results(output_dir: str, split: str, metrics: dict[str, Any]) -> None:
     """Writes `<split>_results.json` and merges it into `all_results.json`."""
     write_json(Path(output_dir) / f"{split}_results.json", metrics)
     combined = Path(output_dir) / "all_results.json"
-    earlier = json.loads(combined.read_text(encoding="utf-8")) if combined.is_file() else {}
+    earlier = read_json(combined) if combined.is_file() else {}
     earlier.pop("reward_head", None)  # a mark on the results of an earlier model
     write_json(combined, {**earlier, **metrics})
 
@@ -74,7 +89,7 @@ library_name: transformers
 tags: [reward-model, preference-learning, adversarial-preference-optimization]
 ---
 
-Reward model, trained from `{base_model}` with the preference losses of arXiv:2311.08045.
+Reward model, trained from {base_model.translate(MARKDOWN_ESCAPES)} with the preference losses of arXiv:2311.08045.
 A reward is an unbounded scalar; only differences between responses to the same prompt have a meaning.
 
 Scoring: `python train.py --task_type inference --model_name_or_path MODEL_FOLDER --data_type reject_sample \
@@ -84,4 +99,5 @@ Scoring: `python train.py --task_type inference --model_name_or_path MODEL_FOLDE
 
 {metrics_table}
 """
-    (Path(output_dir) / "README.md").write_text(card, encoding="utf-8")
+    with replacing(Path(output_dir) / "README.md") as temporary:
+        temporary.write_text(card, encoding="utf-8")

@@ -10,12 +10,14 @@ B prompts, N = B x samples sequences, T tokens, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+import multiprocessing
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -44,6 +46,8 @@ from apo.resume import model_version
 
 logger = logging.getLogger(__name__)
 
+TEMPLATE_SECONDS = 10  # that the model's chat template may take for a prompt
+
 
 def _reason(error: Exception) -> str:
     return " ".join(str(error).split("\n", maxsplit=1)[0].split()) or type(error).__name__
@@ -56,7 +60,7 @@ def load_tokenizer(path: str, template: str) -> PreTrainedTokenizerBase:
         InputError: it cannot be loaded, or `template` is `chat` and it has no chat template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare ones for a tokenizer.json it cannot read
         raise InputError(f"{path}: no usable tokenizer ({_reason(error)})") from error
     if template == "chat" and not tokenizer.chat_template:
@@ -72,7 +76,8 @@ def load_llm(path: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTr
         InputError: weights that cannot be read, or that are incomplete, such as those of a reward model.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        options = {"output_loading_info": True, "trust_remote_code": False}
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded ({_reason(error)})") from error
     if info["missing_keys"]:
@@ -92,15 +97,17 @@ def tokenize(
     """Encodes rendered prompts; of more than `max_length` tokens the first are cut, but not bos.
 
     Raises:
-        InputError: the model's chat template refuses a dialogue, for example because of its system message.
+        InputError: the model's chat template refuses a dialogue, such as for its system message, or does not end.
     """
     if template == "chat":
+        render = functools.partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
         try:
-            rendered = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True) for m in rendered]
-        except TemplateError as error:
-            raise InputError(
-                f"the model's chat template refuses a prompt ({error}); --prompt_template plain needs none"
-            ) from error
+            with multiprocessing.get_context("fork").Pool(1) as pool:  # a template is a program, and may not end
+                texts = pool.imap(render, rendered)
+                rendered = [texts.next(TEMPLATE_SECONDS) for _ in rendered]
+        except Exception as error:  # it can raise anything
+            found = f"refuses a prompt ({_reason(error)}), for which it has {TEMPLATE_SECONDS} s"
+            raise InputError(f"the model's chat template {found}; --prompt_template plain needs none") from error
     token_ids = tokenizer(rendered, add_special_tokens=template != "chat").input_ids
     too_long = [ids for ids in token_ids if len(ids) > max_length]
     for ids in too_long:
@@ -208,6 +215,7 @@ class LocalEngine:
         self.batches = batches[process_rank() :: count_processes()]
         self.share = [prompt for batch in self.batches for prompt in batch]
         self.notes: dict[str, Any] = {}
+        self.missing: Counter[str] = Counter()
         self.settings = {
             "max_length": flags.max_length,
             "dtype": self.dtype,

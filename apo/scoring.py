@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import ProgressCallback
 
-from apo.cli import InputError
-from apo.resume import Keep, ResultStore, complete_items
+from apo.cli import InputError, locked
+from apo.resume import Keep, ResultStore, complete_items, read_recorded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,7 +45,7 @@ def score_dataset(trainer: Trainer, dataset: Dataset, path: Path, settings: dict
     Args:
         trainer: with `eval_batches` and `predict_batches`; all processes call this function together.
         dataset: the responses, as `load_preference_dataset` returns them.
-        path: the file to write; an old one is replaced at the end.
+        path: the file to write; an old one is replaced at the end, if it is of the same model.
         settings: all that the rewards depend on.
     """
     batches = trainer.eval_batches(dataset)
@@ -75,13 +75,17 @@ def score_dataset(trainer: Trainer, dataset: Dataset, path: Path, settings: dict
         return
     batches_sha256 = hashlib.sha256(json.dumps(batches).encode()).hexdigest()
     store = ResultStore(path, {**settings, "batches_sha256": batches_sha256})
-    complete_items(
-        store,
-        {str(number): batch for number, batch in enumerate(batches)},
-        store.load(),
-        work,
-        make_records,
-        noun="batches",
-        progress=not trainer.args.disable_tqdm,
-    )
+    with locked(store.lock_path, wait=False):
+        if path.exists() and (recorded := read_recorded(path).get("model")) not in (None, settings["model"]):
+            found = f"found the rewards of another model, {recorded}, expected those of {settings['model']}"
+            raise InputError(f"{path}: {found}; give another --data_suffix or --output_dir, or delete the file")
+        complete_items(
+            store,
+            {str(number): batch for number, batch in enumerate(batches)},
+            store.load(),
+            work,
+            make_records,
+            noun="batches",
+            progress=not trainer.args.disable_tqdm,
+        )
     print(f"{path}: rewards of the responses of {len(dataset)} records")

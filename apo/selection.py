@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from apo.cli import InputError, first_few
+from apo.cli import InputError, first_few, refuse, sha256_of_file
 from apo.records import SEPARATOR, iter_valid, load_rewards, parse_record
+from apo.resume import model_version, read_recorded
 from apo.statistics import expected_best, mean_and_interval
 
 logger = logging.getLogger(__name__)
 
-ADVICE = "give the file that train.py --task_type inference wrote for this data"
+ADVICE = "give the file that train.py --task_type inference wrote for this data, and the same --response_keys"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def name_ids(ids: Iterable[str]) -> str:
     return f"{len(different)} {'id' if len(different) == 1 else 'ids'}: {first_few(different)}"
 
 
-def load_scored_prompts(data_path: Path, score_path: Path) -> list[ScoredPrompt]:
+def load_scored_prompts(data_path: Path, score_path: Path, response_keys: Iterable[str] = ()) -> list[ScoredPrompt]:
     """Reads responses and their rewards.
 
     Raises:
@@ -86,7 +87,7 @@ def load_scored_prompts(data_path: Path, score_path: Path) -> list[ScoredPrompt]
     rewards = load_rewards(score_path)
 
     def parse(raw: dict[str, Any], default_id: str) -> ScoredPrompt:
-        record = parse_record(raw, default_id, kind="reject_sample")
+        record = parse_record(raw, default_id, kind="reject_sample", response_keys=response_keys)
         responses = dict(zip(record.response_keys, record.responses, strict=True))
         names = {key: f"{record.query_id}:{key}" for key in responses}
         own = {key: rewards[name] for key, name in names.items() if name in rewards}
@@ -103,6 +104,20 @@ def load_scored_prompts(data_path: Path, score_path: Path) -> list[ScoredPrompt]
     if problems:
         raise InputError(f"{score_path}: not the rewards of {data_path}: {'; '.join(problems)}; {ADVICE}")
     return prompts
+
+
+def check_origin(data_path: Path, score_path: Path, allow_other_data: bool) -> dict[str, Any]:
+    """Returns the hashes of data, rewards and reward model; refuses others than are recorded beside the rewards."""
+    recorded = read_recorded(score_path)
+    if "data_sha256" not in recorded:
+        logger.warning("%s: no settings file records of which data these are the rewards", score_path)
+    now = {"data_sha256": sha256_of_file(data_path), "result_sha256": sha256_of_file(score_path)}
+    if Path(model := str(recorded.get("model_name_or_path"))).is_dir():
+        now["model"] = model_version(model, None)
+    if different := [name for name in now if recorded.get(name, now[name]) != now[name]]:
+        found = "; ".join(f"{name} is {now[name]}, recorded is {recorded[name]}" for name in different)
+        refuse(f"{score_path}: not the rewards of {data_path} as it is now: {found}; score it again", allow_other_data)
+    return now
 
 
 def with_target(prompt: ScoredPrompt) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def test_given_flags_without_effect_on_the_task_are_named(caplog):
         ({"task_type": "inference", "eval_data_path": None}, "inference needs the files to score in --eval_data_path"),
         ({"data_type": "reject_sample"}, "reject_sample is for --task_type inference"),
         ({"eval_data_path": None}, "nothing to do"),
+        ({"response_keys": "my_gpt4"}, "--response_keys is for --data_type reject_sample"),
         ({"model_name_or_path": None}, "--model_name_or_path"),
         (
             {"eval_data_path": None, "do_train": True, "train_data_path": "A", "eval_strategy": "epoch"},
@@ -160,60 +161,6 @@ def test_deepspeed_config_that_accelerate_would_drop_is_refused(tmp_path, monkey
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(InputError, match=r"ACCELERATE_USE_CPU.*unset it.*--use_cpu true"):
         parse(**NEEDED, deepspeed=tmp_path / "ds.json")
-
-
-# ------------------------------------------------------------------------------------------------ output folder
-
-TRAINING = NEEDED | {"do_train": True, "train_data_path": E2E / "train.json", "output_dir": "O"}
-
-
-def make_checkpoints(folder, *names, complete=True):
-    for name in names:
-        (folder / "O" / name).mkdir(parents=True)
-        if complete:
-            (folder / "O" / name / "trainer_state.json").write_text("{}")
-
-
-def test_new_run_in_a_folder_with_checkpoints_is_refused(tmp_path):
-    make_checkpoints(tmp_path, "checkpoint-9", "checkpoint-10")
-    with pytest.raises(InputError, match=r"O holds checkpoints of an earlier run \(checkpoint-10\)") as error:
-        parse(**TRAINING)
-    assert "--resume_from_checkpoint true" in str(error.value)
-
-
-def test_resume_takes_the_newest_checkpoint(tmp_path):
-    make_checkpoints(tmp_path, "checkpoint-9", "checkpoint-10")
-    assert parse(**TRAINING, resume_from_checkpoint=True)[2].resume_from_checkpoint == "O/checkpoint-10"
-
-
-def test_resume_takes_the_given_checkpoint(tmp_path):
-    make_checkpoints(tmp_path, "checkpoint-9", "checkpoint-10")
-    assert parse(**TRAINING, resume_from_checkpoint="O/checkpoint-9")[2].resume_from_checkpoint == "O/checkpoint-9"
-
-
-@pytest.mark.parametrize("state", [None, '{"epoch": 1.'])
-def test_resume_passes_over_a_checkpoint_whose_saving_was_cut_short(tmp_path, caplog, state):
-    """trainer_state.json is written last, so a folder without it, or with a part of it, is half a checkpoint."""
-    make_checkpoints(tmp_path, "checkpoint-9")
-    make_checkpoints(tmp_path, "checkpoint-10", complete=False)
-    if state:
-        (tmp_path / "O" / "checkpoint-10" / "trainer_state.json").write_text(state)
-    assert parse(**TRAINING, resume_from_checkpoint=True)[2].resume_from_checkpoint == "O/checkpoint-9"
-    assert "checkpoint-10" in caplog.text
-
-
-def test_folder_that_is_no_checkpoint_is_not_taken_for_one(tmp_path):
-    """`checkpoint-best`, made by hand."""
-    make_checkpoints(tmp_path, "checkpoint-best")
-    assert parse(**TRAINING)[2].resume_from_checkpoint is None
-
-
-@pytest.mark.parametrize(
-    "resume, message", [("true", "no complete checkpoint"), ("O/checkpoint-3", "no complete trainer_state")]
-)
-def test_resume_without_a_checkpoint_is_refused(resume, message):
-    with pytest.raises(InputError, match=message):
-        parse(**TRAINING, resume_from_checkpoint=resume)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """Preference data sets: tokens are made once, batches lose none of them."""
 
-import itertools
 import logging
 import socket
 
+import numpy as np
 import pytest
 import torch
 from conftest import CHECKPOINT, E2E, pair, write_records
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from apo.cli import InputError
@@ -56,16 +56,23 @@ def test_sequence_is_bos_prompt_separator_response_eos(tokenizer):
 
 def test_scores_are_normalised_into_the_open_unit_interval():
     """(s - 1 + 1e-5) / (3 - 1 + 2e-5) for 1, 2, 3; equal scores all become 1e-5 / 2e-5 = 1/2."""
-    assert normalize_scores([1, 2, 3]) == pytest.approx([1e-5 / 2.00002, 0.5, 2.00001 / 2.00002], abs=1e-12)
+    assert normalize_scores([1, 2, 3]) == pytest.approx([1e-5 / 2.00002, 0.5, 2.00001 / 2.00002], abs=1e-7)
     assert normalize_scores([4, 4]) == [0.5, 0.5]
 
 
-@given(st.lists(st.floats(-1e6, 1e6, allow_nan=False), min_size=2, max_size=6))
-def test_normalising_keeps_the_order_of_scores(scores):
+NUMBERS = (
+    st.floats(-1e38, 1e38) | st.integers(-(10**38), 10**38) | st.sampled_from([0.1, 0.1 + 1e-12, 2**53, 2**53 + 1])
+)
+
+
+@given(st.lists(NUMBERS, min_size=2, max_size=6))
+@example([1e38, 1.0, 0.0])
+@example([1700000001, 1700000000, 0])
+def test_normalising_keeps_every_pair_and_makes_none(scores):
+    """Also where float32 cannot hold the difference; penalties and time stamps are such scores."""
     normalised = normalize_scores(scores)
-    assert all(0 < score < 1 for score in normalised)
-    order = sorted(range(len(scores)), key=scores.__getitem__)
-    assert all(normalised[a] <= normalised[b] for a, b in itertools.pairwise(order))
+    assert all(0 <= score <= 1.00001 for score in normalised)
+    assert preferred_pairs(np.float32(normalised).tolist()) == preferred_pairs(scores)
 
 
 def load(path, tokenizer, **more):
@@ -152,6 +159,59 @@ def test_partial_cache_of_a_killed_run_is_not_used(tmp_path, tokenizer):
     cached.unlink()
     assert load(path, tokenizer, cache_dir=str(tmp_path))[:] == first
     assert not cached.with_suffix(f".{socket.gethostname()}.incomplete").exists()
+
+
+def flip_bit(path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * place)] ^= 0x40
+    path.write_bytes(data)
+
+
+def copy_other(path) -> None:
+    """Both files are those of another cache entry."""
+    for suffix in (".arrow", ".sha256"):
+        [other] = [file for file in path.parent.glob(f"*{suffix}") if file.stem != path.stem]
+        path.with_suffix(suffix).write_bytes(other.read_bytes())
+
+
+BITS = (0.05, 0.2, 0.35, 0.5, 0.7, 0.9)  # places of flipped bits, as shares of the file
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    "empty": lambda path: path.write_bytes(b""),
+    **{
+        f"bit at {place}": lambda path, place=place: flip_bit(path, place)
+        for place in (0.05, 0.2, 0.35, 0.5, 0.7, 0.9)
+    },
+    "other content": copy_other,
+    "no hash": lambda path: path.with_suffix(".sha256").unlink(),
+    "binary hash": lambda path: path.with_suffix(".sha256").write_bytes(b"\xff\xfe"),
+    "deep hash": lambda path: path.with_suffix(".sha256").write_bytes(b"[" * 99999),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_cache_is_made_again(tmp_path, tokenizer, caplog, damage):
+    path = write_records(tmp_path / "a.json", PAIRS)
+    first = load(path, tokenizer, cache_dir=str(tmp_path))[:]
+    [cached] = (tmp_path / "preference_data").glob("*.arrow")
+    load(path, tokenizer, cache_dir=str(tmp_path), max_length=32)
+    whole = cached.read_bytes()
+    damage(cached)
+    assert load(path, tokenizer, cache_dir=str(tmp_path))[:] == first
+    assert caplog.messages == [f"{cached}: damaged, tokenising {path} again"]
+    assert cached.read_bytes() == whole
+    assert load(path, tokenizer, cache_dir=str(tmp_path))[:] == first and len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("suffix", [".arrow", ".sha256"])
+def test_folder_in_place_of_a_cache_file_is_one_line(tmp_path, tokenizer, suffix):
+    path = write_records(tmp_path / "a.json", PAIRS)
+    load(path, tokenizer, cache_dir=str(tmp_path))
+    [file] = (tmp_path / "preference_data").glob(f"*{suffix}")
+    file.unlink()
+    (file / "full").mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"{suffix}: cannot be written \(.*Is a directory"):
+        load(path, tokenizer, cache_dir=str(tmp_path))
 
 
 @given(st.lists(st.lists(st.integers(0, 2), max_size=6).map(lambda ids: [1, *ids]), min_size=1, max_size=5))
@@ -288,9 +348,8 @@ def test_collating_loses_and_adds_no_token(items):
     assert len(batch["input_ids"]) == (batch["scores"] >= 0).sum()
 
 
-def test_scores_that_are_equal_in_float32_form_no_pair(tokenizer, tmp_path):
-    """[1, 1 - 1e-9, 0]: of the three pairs the loss sees the two with 0."""
+def test_scores_that_are_equal_in_float32_form_a_pair(tokenizer, tmp_path):
     record = {"text": ["a<sep>b", "a<sep>c", "a<sep>d"], "scores": [1.0, 1 - 1e-9, 0.0]}
     path = write_records(tmp_path / "a.json", [record])
     rows = list(tokenize_records(load_preference_data(path, "comparison_pair"), tokenizer, **SETTINGS))
-    assert [row["num_pairs"] for row in rows] == [2]
+    assert [row["num_pairs"] for row in rows] == [3]

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import tempfile
 from collections import Counter
@@ -35,6 +34,7 @@ from apo.cli import (
     at_least,
     describe_counts,
     exit_on_input_error,
+    publish,
     sha256_of_file,
     write_json,
 )
@@ -194,7 +194,7 @@ def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[s
         write_json(Path(folder, MANIFEST), {**manifest, "outputs": outputs})
         for name in (*FILES, MANIFEST):
             Path(output_dir, name).parent.mkdir(exist_ok=True)
-            os.replace(Path(folder, name), Path(output_dir, name))
+            publish(Path(folder, name), Path(output_dir, name))
     return outputs
 
 

@@ -8,11 +8,11 @@ Intervals are Wilson's, at 95 %. They assume independent pairs; pairs of several
 from __future__ import annotations
 
 import argparse
-import json
+import logging
 from pathlib import Path
 
-from apo.cli import InputError, OneLineParser, exit_on_input_error
-from apo.run_files import format_table
+from apo.cli import InputError, OneLineParser, exit_on_input_error, refuse
+from apo.run_files import format_table, read_json
 from apo.statistics import wilson_interval
 from reward_datasets import name_datasets
 
@@ -24,10 +24,7 @@ def read_results(run_dir: str) -> dict[str, dict[str, float]]:
     path = Path(run_dir, "final_eval_results.json")
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the --output_dir of a run that evaluated")
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: broken JSON ({error}); expected a file that train.py wrote") from error
+    results = read_json(path)
     if not isinstance(results, dict) or not all(isinstance(metrics, dict) for metrics in results.values()):
         raise InputError(f"{path}: found no object of evaluation sets; expected a file that train.py wrote")
     return results
@@ -36,8 +33,24 @@ def read_results(run_dir: str) -> dict[str, dict[str, float]]:
 def head_mark(run_dir: str) -> str:
     """Says that the rewards of a run were random: its model had no reward head and was not trained."""
     path = Path(run_dir, "eval_results.json")
-    head = json.loads(path.read_text(encoding="utf-8")).get("reward_head") if path.is_file() else None
+    head = read_json(path).get("reward_head") if path.is_file() else None
     return f", head {head}" if head else ""
+
+
+def find_hash(run_dir: str, name: str) -> str | None:
+    """Returns the sha256 of an evaluation set, as the manifest has it for the last run that read it."""
+    path = Path(run_dir, "manifest.json")
+    manifest = read_json(path) if path.is_file() else {}
+    files = [file for run in manifest.get("runs", [manifest]) for file in run.get("data", {}).items()]
+    return next((sha256 for path, sha256 in reversed(files) if f"/{path}".endswith(f"/{name}")), None)
+
+
+def check_same_data(name: str, hashes: dict[str, str | None], allow_other_data: bool) -> None:
+    """Refuses results of one name on different files, and warns of results whose files are not known."""
+    known = {*hashes.values()} - {None}
+    if len(known) > 1 or (None in hashes.values() and len(hashes) > 1):
+        found = "; ".join(f"sha256 {sha256 or 'not in the manifest'} in {run}" for run, sha256 in hashes.items())
+        refuse(f"{name}: expected the same data in all runs, found {found}", allow_other_data or len(known) < 2)
 
 
 def format_row(name: str, run: str, metrics: dict[str, float], bins: int) -> tuple[str, ...]:
@@ -64,15 +77,21 @@ def parse_args() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("run_dirs", nargs="+", help="output folders of runs that evaluated")
     parser.add_argument("--bins", type=int, default=10, help="bins of the calibration error (default: 10)")
+    parser.add_argument("--allow_other_data", action="store_true", help="compare sets of one name on different data")
     return parser.parse_args()
 
 
 @exit_on_input_error
 def main() -> None:
     """Reads the results of each run and prints one table."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     args = parse_args()
-    results = {run + head_mark(path): read_results(path) for run, path in name_datasets(args.run_dirs).items()}
-    rows = compare(results, args.bins)
+    run_dirs = name_datasets(args.run_dirs)
+    results = {run: read_results(path) for run, path in run_dirs.items()}
+    for name in dict.fromkeys(name for sets in results.values() for name in sets):
+        hashes = {run: find_hash(run_dirs[run], name) for run in results if name in results[run]}
+        check_same_data(name, hashes, args.allow_other_data)
+    rows = compare({run + head_mark(run_dirs[run]): sets for run, sets in results.items()}, args.bins)
     print(format_table((*COLUMNS, f"ECE, {args.bins} bins"), rows, num_text_columns=2))
 
 

@@ -5,7 +5,7 @@ example:
         --score_path outputs/scores/hh_split_rm_llm_v0.sample_pred_rm_apo_results.json \\
         --output_dir outputs/rejection_sampling --output_file_name best.json --to_pairs
 
-The rewards are what `train.py --task_type inference` wrote for the same file. The tool writes
+The rewards are what `train.py --task_type inference` wrote for the same file, which is checked. The tool writes
 
     best.json                the records with two more fields: "target", the best response, and "scores", all rewards
     best_report.json, .png   expected reward of the best of 1, 2, ... responses; lengths of chosen and rejected ones
@@ -23,10 +23,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from apo import selection
 from apo.cli import InputError, OneLineParser, describe_counts, exit_on_input_error, first_few, write_json
 from apo.figures import plot_best_of_n
 from apo.resume import refuse_overwriting
-from apo.selection import find_score_file, load_scored_prompts, make_report, to_pairs, to_text_scores, with_target
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,10 @@ def parse_args() -> argparse.Namespace:
     score_help = "what train.py --task_type inference wrote: <data>_pred_<suffix>_results.json, or its folder "
     add("--score_path", type=Path, help=score_help + "(default with --rm_scorer: the folder of the data)")
     add("--rm_scorer", help="<suffix> of that file, for a folder with the rewards of several models")
+    add("--response_keys", nargs="+", default=[], help="those of train.py, if the rewards were made with any")
     add("--output_dir", type=Path, default=Path(), help="folder to write to (default: this one)")
     add("--output_file_name", help="names the other files as well (default: <file name of the rewards>_sft.json)")
+    add("--allow_other_data", action="store_true", help="take rewards that were made from other data or another model")
     add("--to_pairs", action="store_true", help="also write pairs of best over worst (DPO) and all responses (RRHF)")
     return parser.parse_args()
 
@@ -73,10 +75,11 @@ def main() -> None:
     """Reads responses and rewards, chooses, writes, prints the report."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     args = parse_args()
-    score_path = find_score_file(args.data_path, args.score_path, args.rm_scorer)
+    score_path = selection.find_score_file(args.data_path, args.score_path, args.rm_scorer)
     outputs = name_outputs(args.output_dir, args.output_file_name, score_path, args.to_pairs)
 
-    scored = load_scored_prompts(args.data_path, score_path)
+    scored = selection.load_scored_prompts(args.data_path, score_path, args.response_keys)
+    hashes = selection.check_origin(args.data_path, score_path, args.allow_other_data)
     prompts = [prompt for prompt in scored if prompt.candidates]
     empty = [prompt.query_id for prompt in scored if not prompt.candidates]
     if not prompts:
@@ -85,16 +88,16 @@ def main() -> None:
         logger.warning("%d prompts left out, all responses are empty: %s", len(empty), first_few(empty))
 
     skipped: Counter[str] = Counter()
-    pairs = to_pairs(prompts, skipped)
-    report = {"data": str(args.data_path), "rewards": str(score_path), **make_report(prompts, pairs)}
-    report |= {"prompts_without_pair": dict(skipped), "prompts_left_out": empty}
+    pairs = selection.to_pairs(prompts, skipped)
+    report = {"data": str(args.data_path), "rewards": str(score_path), **selection.make_report(prompts, pairs)}
+    report |= hashes | {"prompts_without_pair": dict(skipped), "prompts_left_out": empty}
 
     for path, output in itertools.product((args.data_path, score_path), outputs.values()):
         refuse_overwriting(path, output)
-    write_json(outputs["target"], [with_target(prompt) for prompt in prompts])
+    write_json(outputs["target"], [selection.with_target(prompt) for prompt in prompts])
     if args.to_pairs:
         write_json(outputs["pairs"], pairs)
-        write_json(outputs["text_scores"], to_text_scores(prompts))
+        write_json(outputs["text_scores"], selection.to_text_scores(prompts))
     write_json(outputs["report"], report)
     plot_best_of_n(outputs["figure"], report["best_of_n"], pairs)
     print(summary(report, skipped))

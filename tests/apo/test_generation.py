@@ -1,12 +1,14 @@
 """Decoding, seeds, and the run that generates the responses of a file."""
 
+import os
 import threading
+from collections import Counter
 
 import pytest
 from conftest import read_json
 
 from apo.cli import InputError
-from apo.generation import derive_seed, generate_responses, load_finished, make_records
+from apo.generation import check_complete, derive_seed, generate_responses, load_finished, make_records
 from apo.prompts import Prompt
 from apo.resume import ResultStore
 
@@ -19,6 +21,7 @@ class FakeEngine:
 
     def __init__(self, refused: str = "", share: list[Prompt] = PROMPTS) -> None:
         self.settings, self.notes, self.share, self.refused = {}, {}, share, refused
+        self.missing = Counter(empty=len(refused))
         self.seen: list[str] = []
 
     def generate(self, prompts, keep) -> None:
@@ -30,8 +33,8 @@ class FakeEngine:
                 thread.join()
 
 
-def generate(folder, engine, prompts=PROMPTS):
-    store = ResultStore(folder / "r.json", {"seed": 1})
+def generate(folder, engine, prompts=PROMPTS, seed=1):
+    store = ResultStore(folder / "r.json", {"seed": seed})
     return generate_responses(store, prompts, engine, fields=FIELDS, stop_strings=("\nHuman",))
 
 
@@ -51,10 +54,20 @@ def test_records_hold_trimmed_responses_in_the_order_of_the_prompts(tmp_path, ca
     assert generate(tmp_path, FakeEngine()) is None and "already exists" in caplog.text
 
 
+def test_second_run_into_the_same_file_is_refused(tmp_path):
+    """The engine of the first run starts the second one, whose settings are others."""
+    engine = FakeEngine()
+    engine.generate = lambda prompts, keep: generate(tmp_path, FakeEngine(), seed=2)
+    with pytest.raises(InputError, match=rf"found {tmp_path}/r.rank0.lock, held by process {os.getpid()} on "):
+        generate(tmp_path, engine)
+    generate(tmp_path, FakeEngine())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.settings.json"]
+
+
 def test_refused_and_changed_prompts_are_the_only_ones_generated_again(tmp_path, caplog):
     before = generate(tmp_path, FakeEngine("2"))
     assert [record["query_id"] for record in before] == list("013")
-    assert "1 prompts refused by the server, left out: 2; the same command retries them" in caplog.text
+    assert "1 prompts without a response (1 empty), the same command asks again; left out: 2" in caplog.text
     changed = [PROMPTS[3], Prompt("", "1", "changed"), PROMPTS[2]]
     engine = FakeEngine(share=changed)
     after = generate(tmp_path, engine, changed)
@@ -62,9 +75,16 @@ def test_refused_and_changed_prompts_are_the_only_ones_generated_again(tmp_path,
     assert after[0] == before[2]
 
 
-def test_all_prompts_refused_is_an_error():
-    with pytest.raises(InputError, match="refused all 4 prompts"):
-        make_records(PROMPTS, {}, ["golden"])
+def test_no_response_at_all_is_an_error():
+    with pytest.raises(InputError, match=r"4 prompts without a response \(1 empty, 3 refusal\)"):
+        make_records(PROMPTS, {}, ["golden"], Counter(refusal=3, empty=1))
+
+
+def test_a_result_that_lacks_prompts_is_an_error_unless_allowed():
+    check_complete([{}] * 4, PROMPTS, may_miss=False)
+    check_complete([{}] * 3, PROMPTS, may_miss=True)
+    with pytest.raises(InputError, match="1 of 4 prompts have no response"):
+        check_complete([{}] * 3, PROMPTS, may_miss=False)
 
 
 def test_finished_responses_are_those_kept_and_those_of_the_result(tmp_path):

@@ -1,5 +1,7 @@
 """The store keeps every complete item and mixes no settings; the loop survives any interruption."""
 
+import os
+
 import pytest
 from conftest import read_json
 from hypothesis import given
@@ -175,6 +177,8 @@ def test_model_version_changes_with_the_weights(tmp_path):
     version = model_version(str(tmp_path), None)
     (tmp_path / "results.json").write_text("[]")
     assert version == model_version(str(tmp_path), None)
-    (tmp_path / "model.safetensors").write_bytes(b"three")
+    os.utime(tmp_path / "model.safetensors", (0, 0))
+    assert version == model_version(str(tmp_path), None)
+    (tmp_path / "model.safetensors").write_bytes(b"two")
     assert model_version(str(tmp_path), None) != version
     assert model_version("name/on-the-hub", "abc") == "abc"

@@ -7,6 +7,7 @@ import pytest
 from conftest import E2E, REPO_ROOT, read_json
 
 from apo import run_files
+from apo.cli import InputError
 from apo.run_files import format_table, git_commit, write_manifest, write_model_card, write_results
 
 
@@ -19,6 +20,20 @@ def test_manifest_names_inputs_versions_commit_and_seed(tmp_path):
     assert {"torch", "transformers", "deepspeed", "datasets"} <= manifest["packages"].keys()
     assert manifest["commit"] == git_commit()
     assert read_json(tmp_path / "arguments.json")["learning_rate"] == 1e-6
+
+
+def test_manifest_keeps_the_history(tmp_path):
+    """The first one is of a version that kept none."""
+    path = tmp_path / "manifest.json"
+    path.write_text('{"seed": 0}', encoding="utf-8")
+    for seed in (1, 2):
+        write_manifest(str(tmp_path), {"seed": seed, "world_size": 1, "task_type": "apo"}, [])
+    manifest = read_json(path)
+    assert [run["seed"] for run in manifest["runs"]] == [0, 1, 2]
+    assert {**manifest["runs"][-1], "runs": manifest["runs"]} == manifest
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match=r"manifest.json: broken JSON"):
+        write_manifest(str(tmp_path), {"seed": 3, "world_size": 1}, [])
 
 
 def test_commit_is_the_one_of_the_checkout(monkeypatch, tmp_path):
@@ -44,10 +59,18 @@ def test_model_card_shows_settings_and_metrics(tmp_path):
     write_model_card(str(tmp_path), "base/llama", {"pooling_type": "last", "max_length": 512}, results)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in card.splitlines()]
-    assert card.startswith("---\n") and "`base/llama`" in card
+    assert card.startswith("---\n") and "trained from base/llama with" in card
     assert ["pooling_type", "last"] in cells and ["max_length", "512"] in cells
     assert ["b.json", "0.6250", "8", "0.5000", "0.2500"] in cells
     assert "no_pairs" not in card
+
+
+def test_model_card_shows_names_as_they_are(tmp_path):
+    name = "a|b<i>`c`\nd.json"
+    metrics = {f"eval_{name}_{key}": 0 for key in ("accuracy", "pairs", "margin", "loss")}
+    write_model_card(str(tmp_path), name, {"pooling_type": name}, {name: metrics})
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.count(r"a\|b&lt;i>\`c\` d.json") == 3 and "<i>" not in card
 
 
 def test_table_is_markdown_aligned_by_column():

@@ -195,6 +195,22 @@ def test_chat_template_is_the_tokenizers_own():
         tokenize(tokenizer, [[{"role": "system", "content": "Be kind."}]], "chat", 64)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 10 ** (10 ** 9) }}",
+        "{{ 1 / 0 }}",
+    ],
+)
+def test_template_that_does_not_end_or_fails_is_one_line(template, monkeypatch):
+    monkeypatch.setattr(sampling, "TEMPLATE_SECONDS", 1)
+    tokenizer = make_bpe_tokenizer(["<|bos|>", "<|eos|>"])
+    tokenizer.chat_template = template
+    with pytest.raises(InputError, match=r"template refuses a prompt \((TimeoutError|division by zero)\), .* 1 s"):
+        tokenize(tokenizer, [[{"role": "user", "content": "Why?"}]], "chat", 64)
+
+
 def test_llama_2_chat_turns_hold_bos_and_eos(base_llama):
     tokenizer = AutoTokenizer.from_pretrained(base_llama)
     [ids] = tokenize(tokenizer, ["[INST] a [/INST] b </s><s>[INST] c [/INST]"], "llama-2-chat", 64)
@@ -216,7 +232,7 @@ def test_a_broken_tokenizer_is_one_line(base_llama, tmp_path, content):
 
 
 def test_an_error_without_message_is_named(monkeypatch):
-    def fail(path: str) -> None:
+    def fail(path: str, **options: bool) -> None:
         raise ValueError
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)

@@ -10,7 +10,7 @@ import pytest
 from conftest import CHECKPOINT, E2E, REPO_ROOT, command_line, read_json, run_main, write_records
 
 from apo import scoring
-from apo.cli import InputError
+from apo.cli import InputError, locked
 from apo.scoring import name_score_files
 from trainer import RewardModelTrainer
 
@@ -100,7 +100,7 @@ def interrupt_after(monkeypatch, num_parts: int) -> list[int]:
 
 @pytest.mark.parametrize("num_parts", [0, 4])
 def test_interrupted_run_resumes_and_computes_nothing_twice(samples, undisturbed, tmp_path, monkeypatch, num_parts):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_after(patch, num_parts)
         run_main(**flags(samples, tmp_path))
     assert not scores_file(tmp_path).exists()
@@ -113,7 +113,7 @@ def test_interrupted_run_resumes_and_computes_nothing_twice(samples, undisturbed
 
 
 def test_rewards_of_other_settings_are_not_used(samples, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_after(patch, 3)
         run_main(**flags(samples, tmp_path, pooling_type="eos"))
     seen = interrupt_after(monkeypatch, 99)
@@ -125,6 +125,21 @@ def test_second_run_replaces_the_first(samples, undisturbed, tmp_path):
     scores_file(tmp_path).write_text("[]")
     run_main(**flags(samples, tmp_path))
     assert scores_file(tmp_path).read_bytes() == undisturbed
+
+
+def test_rewards_of_another_model_are_not_replaced(samples, undisturbed, tmp_path, capsys):
+    scores_file(tmp_path).write_bytes(undisturbed)
+    write_records(scores_file(tmp_path).with_suffix(".settings.json"), {"model": "other"})
+    with pytest.raises(SystemExit, match="2"):
+        run_main(**flags(samples, tmp_path))
+    assert "found the rewards of another model, other, expected those of" in capsys.readouterr().err
+    assert scores_file(tmp_path).read_bytes() == undisturbed
+
+
+def test_second_run_into_the_same_file_is_refused(samples, tmp_path, capsys):
+    with locked(tmp_path / "samples_pred_rm_results.rank0", wait=False), pytest.raises(SystemExit, match="2"):
+        run_main(**flags(samples, tmp_path))
+    assert "rank0.lock, held by process" in capsys.readouterr().err
 
 
 def test_repeated_query_ids_are_refused(tmp_path, capsys):

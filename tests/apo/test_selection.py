@@ -1,5 +1,6 @@
 """Selection: the choice by rewards, the best-of-n estimator, and files that belong together."""
 
+import hashlib
 import itertools
 from collections import Counter
 from pathlib import Path
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apo.cli import InputError
+from apo.resume import model_version
 from apo.selection import (
     ScoredPrompt,
     best_of_n,
+    check_origin,
     find_score_file,
     load_scored_prompts,
     make_report,
@@ -37,9 +40,9 @@ def scored(*pairs: tuple[str, float], query_id: str = "1", query: str = QUERY) -
     return ScoredPrompt({"query_id": query_id, "query": query, **responses}, query_id, query, responses, rewards)
 
 
-def load(tmp_path: Path, records: list[dict], rewards: list[dict]) -> list[ScoredPrompt]:
+def load(tmp_path: Path, records: list[dict], rewards: list[dict], response_keys: tuple = ()) -> list[ScoredPrompt]:
     data = write_records(tmp_path / "samples.json", records)
-    return load_scored_prompts(data, write_records(tmp_path / "rewards.json", rewards))
+    return load_scored_prompts(data, write_records(tmp_path / "rewards.json", rewards), response_keys)
 
 
 # ------------------------------------------------------------------------------------------------ choosing
@@ -151,11 +154,11 @@ def test_report_counts_ties_for_the_best_and_lengths_in_characters():
 def test_ids_may_hold_colons_and_any_character(tmp_path):
     """A reward is named "<id>:<response key>"; the id ends at the last colon."""
     ids = ["a:b", "a", "a:sample_0", "问题:1", "🙂\n:", "http://x/y:80"]
-    records = [{"query_id": i, "query": QUERY, "sample_0": " x", "my_gpt4": " y", "ans_b": " z"} for i in ids]
-    rewards = [{f"{i}:{key}": n} for n, i in enumerate(ids) for key in ("sample_0", "my_gpt4", "ans_b")]
-    prompts = load(tmp_path, records, rewards)
+    records = [{"query_id": i, "query": QUERY, "sample_0": " x", "my_gpt4": " y", "ans_1": " z"} for i in ids]
+    rewards = [{f"{i}:{key}": n} for n, i in enumerate(ids) for key in ("sample_0", "my_gpt4", "ans_1")]
+    prompts = load(tmp_path, records, rewards, ["my_gpt4"])
     assert [set(prompt.rewards.values()) for prompt in prompts] == [{float(n)} for n in range(len(ids))]
-    assert list(prompts[0].rewards) == ["sample_0", "my_gpt4", "ans_b"]
+    assert list(prompts[0].rewards) == ["sample_0", "my_gpt4", "ans_1"]
 
 
 def test_score_file_may_be_given_by_its_folder_and_suffix(tmp_path):
@@ -201,3 +204,33 @@ def test_score_file_may_be_given_by_its_folder_and_suffix(tmp_path):
 def test_rewards_of_other_data_are_refused_with_ids_and_counts(tmp_path, records, rewards, message):
     with pytest.raises(InputError, match=message):
         load(tmp_path, records, rewards)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [("samples.json", "data_sha256"), ("rewards.json", "result_sha256"), ("rm/model.safetensors", "model")],
+)
+def test_rewards_of_what_was_changed_since_are_refused_unless_allowed(tmp_path, caplog, changed, name):
+    paths = data, rewards, _ = [tmp_path / part for part in ("samples.json", "rewards.json", "rm/model.safetensors")]
+    for path in paths:
+        write_records(path, [])
+    hashes = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (data, rewards)]
+    recorded = {"data_sha256": hashes[0], "result_sha256": hashes[1]}
+    recorded |= {"model_name_or_path": str(tmp_path / "rm"), "model": model_version(str(tmp_path / "rm"), None)}
+    write_records(tmp_path / "rewards.settings.json", recorded)
+    assert check_origin(data, rewards, False).items() <= recorded.items() and caplog.text == ""
+    write_records(tmp_path / changed, [0])
+    with pytest.raises(InputError, match=f"not the rewards of .*: {name} is .*, or allow it by --allow_other_data"):
+        check_origin(data, rewards, False)
+    check_origin(data, rewards, True)
+    assert f"not the rewards of {data} as it is now: {name} is" in caplog.text
+
+
+@pytest.mark.parametrize("settings_file", [None, "[]", "{", "{}"])
+def test_rewards_without_a_record_are_a_warning(tmp_path, caplog, settings_file):
+    for name in ("samples.json", "rewards.json"):
+        write_records(tmp_path / name, [])
+    if settings_file is not None:
+        (tmp_path / "rewards.settings.json").write_text(settings_file)
+    check_origin(tmp_path / "samples.json", tmp_path / "rewards.json", False)
+    assert "rewards.json: no settings file records of which data these are the rewards" in caplog.text

@@ -63,6 +63,27 @@ def test_run_with_a_random_head_is_marked(tmp_path, monkeypatch, capsys):
     assert "base, head initialised (seed 42)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("hashes", "status", "line"),
+    [
+        (["0", "0"], 0, ""),
+        (["0", "1"], 2, "a.json: expected the same data in all runs, found sha256 0 in run_0; sha256 1 in run_1, or"),
+        (["0", None], 0, "found sha256 0 in run_0; sha256 not in the manifest in run_1"),
+    ],
+)
+def test_sets_of_one_name_are_the_same_data(tmp_path, hashes, status, line):
+    """The last run that read the file counts; others in the same folder, before and after it, do not."""
+    for i, sha256 in enumerate(hashes):
+        folder = write_run(tmp_path / f"run_{i}", {"a.json": metrics_of("a.json", 0.5, 10)})
+        runs = [{"data": {"x/a.json": "old"}}, {"data": {"train/a.json": "no", "x/a.json": sha256}}, {"data": {}}]
+        if sha256:
+            write_records(folder / "manifest.json", {"data": {}, "runs": runs})
+    folders = sorted(tmp_path.iterdir())
+    done = run_tool("compare_runs.py", *folders, exit_status=status)
+    assert line in done.stderr and len(done.stderr.splitlines()) == (1 if line else 0)
+    assert "a.json" in run_tool("compare_runs.py", *folders, "--allow_other_data").stdout
+
+
 def test_missing_results_end_in_one_line(tmp_path):
     done = run_tool("compare_runs.py", tmp_path, exit_status=2)
     assert done.stderr.startswith("error: ") and "final_eval_results.json: no such file" in done.stderr

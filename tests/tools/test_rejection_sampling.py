@@ -57,7 +57,10 @@ def test_command_line_chooses_what_the_reference_chose(files, run_main, tmp_path
         tmp_path / "new" / "out",
     ]
     done = run_tool("rejection_sampling.py", *flags, "--output_file_name", "best.json", "--to_pairs")
-    assert done.stderr == f"WARNING: --rm_scorer rm has no effect: --score_path {rewards} is not a folder\n"
+    assert done.stderr.splitlines() == [
+        f"WARNING: --rm_scorer rm has no effect: --score_path {rewards} is not a folder",
+        f"WARNING: {rewards}: no settings file records of which data these are the rewards",
+    ]
     folder = tmp_path / "new" / "out"
     records = read_json(folder / "best.json")
     assert [{k: r[k] for k in ("query_id", "target")} for r in records] == REFERENCE["rejection_sampling"]
@@ -114,6 +117,15 @@ def test_data_without_any_response_is_refused_and_nothing_is_written(files, run_
     assert run_main("--data_path", data, "--score_path", rewards, "--output_dir", tmp_path / "out") == 2
     assert "all responses to all 1 prompts are empty" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_rewards_of_other_data_are_refused_unless_allowed(files, run_main, tmp_path, capsys):
+    data, rewards = files([sampled("a", " a")], [{"a:sample_0": 1}])
+    write_records(rewards.with_suffix(".settings.json"), {"data_sha256": "0"})
+    flags = ["--data_path", data, "--score_path", rewards, "--output_dir", tmp_path / "out"]
+    assert run_main(*flags) == 2 and not (tmp_path / "out").exists()
+    assert "recorded is 0; score it again, or allow it by --allow_other_data" in capsys.readouterr().err
+    assert run_main(*flags, "--allow_other_data") == 0
 
 
 def test_input_is_never_replaced(files, run_main, capsys):
