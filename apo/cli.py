@@ -81,20 +81,15 @@ def at_least(least: float) -> Callable[[str], float]:
     return parse
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def publish(temporary: Path, path: Path) -> None:
     """Renames a complete file; its bytes are on the disk before, the new name after."""
-    _fsync(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):  # some file systems cannot do it for a folder
-        _fsync(path.parent)
+        os.fsync(folder)
+    os.close(folder)
 
 
 @contextlib.contextmanager

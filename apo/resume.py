@@ -34,10 +34,9 @@ def model_version(path: str, commit: str | None) -> str | None:
 def read_recorded(result_path: Path) -> dict[str, Any]:
     """Returns what a result was made from, as its settings file records it; empty where that cannot be read."""
     try:
-        recorded = json.loads(result_path.with_suffix(".settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return dict(json.loads(result_path.with_suffix(".settings.json").read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError):
         return {}
-    return recorded if isinstance(recorded, dict) else {}
 
 
 def refuse_overwriting(data_path: str | Path, result_path: Path) -> None:
@@ -167,7 +166,6 @@ def complete_items(
     """Does the work that earlier runs have not done, keeps each finished item, and writes the result.
 
     Processes that share the items do not wait for each other: the one that finds all of them done writes the result.
-    Read `done` and call it while `store.lock_path` is locked.
 
     Args:
         items: all items by key, in order.
