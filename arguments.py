@@ -21,6 +21,7 @@ from transformers.hf_argparser import HfArg
 from transformers.utils import strtobool
 
 from apo.cli import InputError, OneLineParser
+from apo.flags import check_flags, check_packages
 from apo.launch import count_processes
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,7 @@ class ModelArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.max_length is not None and self.max_length < 8:
-            raise InputError(f"--max_length {self.max_length}: expected at least 8 tokens")
+        check_flags(self)
 
 
 @dataclass
@@ -89,6 +89,7 @@ class DataArguments:
     eval_data_path: list[str] = field(
         default_factory=list, metadata={"help": "Evaluation files, each evaluated under its own name; files to score."}
     )
+    response_keys: list[str] = field(default_factory=list, metadata={"help": "Fields to score besides sample_<n>."})
     data_suffix: str = HfArg(default="reward_model", help="Names the model in <data>_pred_<suffix>_results.json.")
     cache_dir: str | None = HfArg(default=None, help="Cache of tokenised data (default: the one of datasets).")
 
@@ -126,7 +127,11 @@ class RewardTrainingArguments(TrainingArguments):
         help="Tokens of a batch per device in evaluation and scoring, padding included; a larger item runs alone "
         "(default: 2 x max_length x per_device_eval_batch_size; on a CPU 2048 if that is less).",
     )
+    logging_nan_inf_filter: bool = HfArg(default=False, help="No effect: a loss that is not finite ends the run.")
     debug_mode: bool = HfArg(default=False, help="Use the first 64 records of each file only.")
+    allow_changes: bool = HfArg(
+        default=False, help="Resume although data or flags differ from those of the checkpoint."
+    )
     eval_strategy: str = HfArg(
         default="no", aliases=["--evaluation_strategy"], help="When to evaluate: no, steps or epoch."
     )
@@ -136,13 +141,14 @@ class RewardTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_flags(self)
         self._check_loss()
-        if self.remove_unused_columns:
-            logger.warning("--remove_unused_columns has no effect: the columns of the data are fixed")
-            self.remove_unused_columns = False
         if self.deepspeed:
             self._check_deepspeed()
+        if self.greater_is_better is None and "_calibration_" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False
         super().__post_init__()
+        check_packages(self)
         if self.world_size != count_processes():
             raise InputError(
                 f"{count_processes()} processes were launched, but each would train alone on all the data: "
@@ -158,14 +164,6 @@ class RewardTrainingArguments(TrainingArguments):
             self.ddp_find_unused_parameters = False  # every step uses every weight; a search takes time
 
     def _check_loss(self) -> None:
-        least_values = dict.fromkeys(("apo_loss_coeff", "rm_kl_coeff", "lm_loss_coeff"), 0)
-        least_values |= dict.fromkeys(("apo_sample_num", "eval_token_budget"), 1)
-        for name, least in least_values.items():
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise InputError(f"--{name} {value}: expected {least} or more")
-        if min(self.calibration_bins) < 1:
-            raise InputError(f"--calibration_bins {self.calibration_bins}: expected numbers of 1 or more")
         if self.task_type == "apo" and self.apo_loss_coeff == 0:
             logger.warning("--task_type apo with --apo_loss_coeff 0: golden-over-sampled pairs are not learnt from")
         if self.task_type != "apo" and (self.apo_loss_coeff, self.rm_kl_coeff) != (0, 1):
@@ -277,6 +275,10 @@ def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArgu
     except (ValueError, ImportError, TypeError) as error:  # transformers checks its own flags
         raise InputError(" ".join(str(error).split())) from error
     _check_task(data_args, args)
+    if args.do_train and model_args.dtype == "float16" and not args.deepspeed:
+        raise InputError(
+            "--dtype float16: such weights overflow in training; give --fp16 true on float32, or bfloat16"
+        )
     return model_args, data_args, args
 
 
@@ -291,6 +293,8 @@ def _unknown_flag(flag: str, known: list[str]) -> str:
 
 
 def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None:
+    if data_args.response_keys and data_args.data_type != "reject_sample":
+        raise InputError("--response_keys is for --data_type reject_sample, the records with responses to score")
     if args.task_type == "inference":
         if args.do_train:
             raise InputError("--task_type inference scores --eval_data_path; it takes no --do_train True")
@@ -305,46 +309,10 @@ def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None
         raise InputError("nothing to do: give --do_train True with --train_data_path, or --eval_data_path")
     needs_data = {"eval_at_start": args.eval_on_start, "metric_for_best_model": args.metric_for_best_model}
     needs_data |= {"eval_strategy": args.eval_strategy != "no" and args.eval_strategy.value}
-    for name, value in needs_data.items():
+    for name, value in (needs_data | {"do_eval": args.do_eval}).items():
         if value and not data_args.eval_data_path:
             raise InputError(f"--{name} {value} without --eval_data_path")
-    if args.do_train:
-        check_output_dir(args)
-
-
-def check_output_dir(args: RewardTrainingArguments) -> None:
-    """Settles `--resume_from_checkpoint`, and refuses to mix a new run with the checkpoints of another.
-
-    Raises:
-        InputError: checkpoints in the output folder of a new run, or no checkpoint to resume from.
-    """
-    checkpoints = [path for path in Path(args.output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    checkpoints.sort(key=lambda path: int(path.name[11:]))
-    resume = str(args.resume_from_checkpoint or "false")
-    if resume.lower() == "false":
-        args.resume_from_checkpoint = None
-        if checkpoints:
-            raise InputError(
-                f"{args.output_dir} holds checkpoints of an earlier run ({checkpoints[-1].name}); choose another "
-                "--output_dir, delete them, or resume with --resume_from_checkpoint true"
-            )
-        return
-    while resume.lower() == "true" and checkpoints and not _is_complete(checkpoints[-1]):
-        logger.warning("%s is skipped: it is incomplete", checkpoints.pop())  # the state is saved last
-    if resume.lower() == "true" and not checkpoints:
-        raise InputError(f"--resume_from_checkpoint true, but {args.output_dir} has no complete checkpoint-*")
-    checkpoint = checkpoints[-1] if resume.lower() == "true" else Path(resume)
-    if not _is_complete(checkpoint):
-        raise InputError(
-            f"--resume_from_checkpoint {checkpoint}: found no complete trainer_state.json; expected a checkpoint-N"
-        )
-    args.resume_from_checkpoint = str(checkpoint)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether the file that is written last exists and is complete."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
+    if (args.metric_for_best_model or args.save_strategy == "best") and args.eval_strategy == "no":
+        raise InputError("--metric_for_best_model and --save_strategy best need --eval_strategy steps or epoch")
+    if args.save_strategy == "best" and not args.metric_for_best_model:
+        raise InputError("--save_strategy best needs --metric_for_best_model")

@@ -23,6 +23,8 @@ from transformers import AutoConfig, LlamaConfig, LlamaModel, LlamaPreTrainedMod
 from transformers.utils import ModelOutput
 
 from apo.cli import InputError
+from apo.divergence import refuse_non_finite
+from apo.run_state import check_weights
 from apo.tokenizer import RewardTokenizer
 from apo.tree import prepare_attention
 
@@ -76,10 +78,12 @@ def resolve_settings(config: LlamaConfig, **flags: Any) -> RewardSettings:
             f"config.json: found reward_settings {recorded}, expected pooling_type {', '.join(POOLING_TYPES)} and "
             f"truncation_side {', '.join(SIDES)}"
         )
+    positions = config.max_position_embeddings * ((config.rope_parameters or {}).get("factor") or 1)
+    if settings.max_length > positions:
+        raise InputError(
+            f"max_length {settings.max_length}: the model has {positions:g} positions; lower --max_length"
+        )
     return settings
-
-
-# ------------------------------------------------------------------------------------------------ tokenizer
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -207,7 +211,7 @@ def load_config(path: str) -> LlamaConfig:
     if _is_local(path) and not Path(path).exists():
         raise InputError(f"{path}: no such folder; expected a model folder or the name of a model on the Hub")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # transformers and huggingface_hub have many kinds for a model or a config they refuse
         reason = " ".join(str(error).split())
         raise InputError(
@@ -233,6 +237,7 @@ def load_reward_model(
     seed: int,
     with_lm_head: bool = False,
     needs_trained_head: bool = False,
+    will_train: bool = True,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
 ) -> RewardModel:
@@ -248,12 +253,15 @@ def load_reward_model(
         seed: of a new head and of new rows of the embedding table.
         with_lm_head: whether to load the LM head, which the LM loss needs.
         needs_trained_head: whether a checkpoint without a reward head is refused.
+        will_train: whether a new head is trained before it is used; if not, `head_origin` of the model says so.
         dtype: of the weights.
         attention: of `apo.tree.choose_attention`.
 
     Raises:
-        InputError: the checkpoint lacks weights other than the reward head, or the head where it is needed.
+        InputError: the checkpoint lacks weights other than the reward head, or the head where it is needed, or a
+            weight is not finite, or the only head is another library's and is not trained anew.
     """
+    check_weights(path)
     set_seed(seed)
     config.pad_token_id = None  # set below: an added pad token lies beyond the table that is loaded
     config.reward_settings = asdict(settings)
@@ -276,10 +284,14 @@ def load_reward_model(
         logger.info("embedding table grown from %d to %d tokens", config.vocab_size, len(tokenizer.hf_tokenizer))
         model.resize_token_embeddings(len(tokenizer.hf_tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
+    refuse_non_finite(path, dict(model.named_parameters()))
     head_loaded = "reward_head.weight" not in info["missing_keys"]
-    if needs_trained_head and not head_loaded:
-        raise InputError(
-            f"{path}: found no reward head (reward_head.weight), so rewards would be random; give a reward model"
-        )
-    logger.info("reward head: %s", f"loaded from {path}" if head_loaded else f"initialised (seed {seed})")
+    foreign = "score.weight, a head of another library, but " if "score.weight" in info["unexpected_keys"] else ""
+    if not head_loaded and (needs_trained_head or (foreign and not will_train)):
+        found = f"found {foreign}no reward head (reward_head.weight)"
+        raise InputError(f"{path}: {found}, so rewards would be random; give a reward model")
+    model.head_origin = f"loaded from {path}" if head_loaded else f"initialised (seed {seed})"
+    logger.info("reward head: %s", model.head_origin)
+    if not head_loaded and not will_train:
+        logger.warning("the reward head is random: the metrics of this run say nothing of the model")
     return model

@@ -13,7 +13,7 @@ import logging
 import operator
 import os
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apo.cli import InputError, locked, replacing, sha256_of_file, write_json
-from apo.records import PreferenceRecord, iter_preference_data, iter_records
+from apo.records import PreferenceRecord, iter_preference_data, warn_of_fields
 
 if TYPE_CHECKING:
     import datasets
@@ -32,16 +32,23 @@ logger = logging.getLogger(__name__)
 
 ABSENT_SCORE = -1.0  # marks an absent response in a ragged (B, R) score matrix
 TOKENIZE_BATCH_SIZE = 512
-DATASET_VERSION = 4  # part of the cache key: raise it when the rows of `tokenize_records` change
+DATASET_VERSION = 5  # part of the cache key: raise it when the rows of `tokenize_records` change
 
 
 # ------------------------------------------------------------------------------------------------ tokenising
 
 
 def normalize_scores(scores: list[float]) -> list[float]:
-    """Min-max normalises the scores of one item into (0, 1): (s - min + 1e-5) / (max - min + 2e-5)."""
-    low, high = min(scores), max(scores)
-    return [(score - low + 1e-5) / (high - low + 2e-5) for score in scores]
+    """Min-max normalises the scores of one item into (0, 1): (s - min + 1e-5) / (max - min + 2e-5), in float32.
+
+    Scores that differ stay different: where rounding makes them equal, the higher one becomes the next number.
+    """
+    ordered = sorted(set(scores))
+    values = np.float32([(score - ordered[0] + 1e-5) / (ordered[-1] - ordered[0] + 2e-5) for score in ordered])
+    for i in range(1, len(values)):
+        values[i] = max(values[i], np.nextafter(values[i - 1], np.float32(2)))
+    normalized = dict(zip(ordered, values.tolist(), strict=True))
+    return [normalized[score] for score in scores]
 
 
 def build_sequence(
@@ -87,22 +94,24 @@ def tokenize_records(
 ) -> Iterator[dict[str, Any]]:
     """Yields one row per record; see `encode_records`.
 
-    Row: `input_ids` R lists of ids, `scores` R normalised scores, `is_apo`, `query_id`, `response_keys`, three counts:
-    `num_pairs` (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical`
-    (pairs whose two sequences became the same, from which nothing can be learnt), and three sizes in tokens:
-    `length` (of all sequences as a prefix tree), `num_tokens` (their sum), `longest`.
+    Row: `input_ids` R lists of ids, `scores` R normalised scores, five fields of the record, three counts: `num_pairs`
+    (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical` (pairs
+    whose two sequences became the same, from which nothing can be learnt), and three sizes in tokens: `length` (of all
+    sequences as a prefix tree), `num_tokens` (their sum), `longest`.
     """
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
     for _, record, pairs_ids in encode_records(enumerate(records), tokenizer):
         sequences = [build_sequence(*ids, tokenizer, **settings) for ids in pairs_ids]
         num_special = 2 + add_sep_token
-        scores = np.float32(normalize_scores(record.scores)).tolist()
+        scores = normalize_scores(record.scores)
         yield {
             "input_ids": sequences,
             "scores": scores,
             "is_apo": record.is_apo,
             "query_id": record.query_id,
             "response_keys": record.response_keys,
+            "passed_over": record.passed_over,
+            "doubts": record.doubts,
             "num_truncated": sum(len(p) + len(r) + num_special > max_length for p, r in pairs_ids),
             **_count_pairs(scores, sequences),
             **_count_tokens(sequences),
@@ -134,7 +143,7 @@ def _row_features() -> datasets.Features:
             "scores": datasets.List(value("float32")),
             "is_apo": value("bool"),
             "query_id": value("string"),
-            "response_keys": datasets.List(value("string")),
+            **{name: datasets.List(value("string")) for name in ("response_keys", "passed_over", "doubts")},
             **dict.fromkeys(("num_truncated", "num_pairs", "num_identical"), value("int32")),
             **dict.fromkeys(("length", "num_tokens", "longest"), value("int32")),
         }
@@ -170,6 +179,7 @@ def load_preference_dataset(
     add_sep_token: bool,
     cache_dir: str | None = None,
     num_records: int | None = None,
+    response_keys: Sequence[str] = (),
 ) -> datasets.Dataset:
     """Reads, validates and tokenises a file once, into a memory-mapped Arrow file that later runs and ranks share.
 
@@ -184,10 +194,8 @@ def load_preference_dataset(
     """
     import datasets
 
-    if not Path(path).is_file():
-        next(iter_records(path))  # raises its error
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
-    key = [DATASET_VERSION, sha256_of_file(path), tokenizer.fingerprint, data_type, settings]
+    key = [DATASET_VERSION, sha256_of_file(path), tokenizer.fingerprint, data_type, settings, sorted(response_keys)]
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     cache_path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "preference_data", f"{name}.arrow")
     if not _is_whole(cache_path):
@@ -195,7 +203,7 @@ def load_preference_dataset(
             if not _is_whole(cache_path):  # another process has not made it in the meantime
                 if cache_path.exists():
                     logger.warning("%s: damaged, tokenising %s again", cache_path, path)
-                records = iter_preference_data(path, data_type, add_sep_token)
+                records = iter_preference_data(path, data_type, add_sep_token, response_keys)
                 _write_rows(cache_path, tokenize_records(records, tokenizer, **settings))
     dataset = datasets.Dataset.from_file(str(cache_path))
     if num_records is not None:
@@ -212,6 +220,7 @@ def _log_counts(path: str | Path, dataset: datasets.Dataset) -> None:
         "%s: %d items, %d pairs, %d responses truncated, %d items without a pair (all scores equal)",
         *(path, len(dataset), counts["num_pairs"], counts["num_truncated"], num_equal),
     )
+    warn_of_fields(path, dataset["passed_over"], dataset["doubts"])
     if counts["num_identical"]:
         logger.warning("%s: the two sides of %d pairs are the same tokens", path, counts["num_identical"])
 
@@ -220,7 +229,7 @@ def merge_training_data(parts: dict[str, datasets.Dataset]) -> datasets.Dataset:
     """Concatenates the training files, {path: data set}, in order.
 
     Raises:
-        InputError: a file has nothing to learn from: no record has two different scores.
+        InputError: a file has nothing to learn from: no record has two different scores, or all pairs are identical.
     """
     import datasets
 
@@ -229,6 +238,11 @@ def merge_training_data(parts: dict[str, datasets.Dataset]) -> datasets.Dataset:
             raise InputError(
                 f'{path}: field "scores": found equal scores within each of the {len(part)} records, '
                 "expected at least one preferred response"
+            )
+        if part["num_identical"][:] == part["num_pairs"][:]:
+            raise InputError(
+                f"{path}: the two sides of all {sum(part['num_pairs'])} pairs are the same tokens; give pairs that "
+                "differ, or raise --max_length, beyond which text is cut off"
             )
     return datasets.concatenate_datasets(list(parts.values()))
 
@@ -308,7 +322,8 @@ class RewardDataCollator:
             row[: len(item["scores"])] = torch.as_tensor(item["scores"])
         apo_mask = torch.tensor([float(item["is_apo"]) for item in items])
         sequences = [ids for item in items for ids in item["input_ids"]]
-        return {"scores": scores, "apo_mask": apo_mask, **self._token_tensors(sequences)}
+        query_ids = {"query_ids": [item["query_id"] for item in items]} if "query_id" in items[0] else {}
+        return {"scores": scores, "apo_mask": apo_mask, **query_ids, **self._token_tensors(sequences)}
 
     def _token_tensors(self, sequences: list[list[int]]) -> dict[str, Any]:
         import torch

@@ -8,20 +8,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from apo.cli import exit_on_input_error, sha256_of_file, write_json
 from apo.launch import exit_worker, prepare_deepspeed, set_ranks_of_one_process, setup_logging
+from apo.run_state import choose_start, exclusive, is_finished, recorded_run, saving, weights_depend_on
 from reward_datasets import RewardDataCollator, load_preference_dataset, merge_training_data, name_datasets
 
 if TYPE_CHECKING:
     import datasets
 
     from apo.tokenizer import RewardTokenizer
+    from arguments import RewardTrainingArguments
     from trainer import RewardModelTrainer
 
 logger = logging.getLogger("train")
@@ -36,13 +39,33 @@ def log_example(dataset: datasets.Dataset, tokenizer: RewardTokenizer) -> None:
         logger.info("example, normalised score %.3f, %d tokens: %r", score, len(ids), tokenizer.decode(ids))
 
 
+def start_training(args: RewardTrainingArguments, depends_on: dict[str, Any], stack: contextlib.ExitStack) -> bool:
+    """Locks the output folder and settles where training starts; returns False if it has finished before.
+
+    All processes get the same decision, that of the main one.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    has_finished = start = None
+    if args.process_index == 0:
+        stack.enter_context(exclusive(args.output_dir))
+        has_finished = is_finished(args.output_dir, depends_on)
+        if not has_finished:
+            start = choose_start(args.output_dir, args.resume_from_checkpoint, depends_on, args.allow_changes)
+            stack.enter_context(recorded_run(args.output_dir, depends_on))
+    has_finished, args.resume_from_checkpoint = broadcast_object_list([has_finished, start])
+    args.eval_on_start &= args.resume_from_checkpoint is None
+    return not has_finished
+
+
 def train_and_save(trainer: RewardModelTrainer) -> None:
     """Trains, from a checkpoint if the arguments name one, and saves model, state and results."""
     from apo.run_files import write_results
 
     metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
-    trainer.save_model()
-    trainer.save_state()
+    with saving(trainer.args.output_dir):
+        trainer.save_model()
+        trainer.save_state()
     if trainer.is_world_process_zero():
         write_results(trainer.args.output_dir, "train", metrics)
         logger.info("model and results: %s", trainer.args.output_dir)
@@ -55,6 +78,8 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
     from trainer import calibration_curve
 
     args = trainer.args
+    origin = trainer.model.head_origin
+    random_head = {"reward_head": origin} if origin.startswith("init") and not args.do_train else {}
     results = {}
     for name, eval_set in eval_sets.items():
         output = trainer.predict(eval_set, metric_key_prefix=f"eval_{name}")
@@ -67,13 +92,23 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
             save_calibration(args.output_dir, name, curves)
     if trainer.is_world_process_zero():
         write_json(os.path.join(args.output_dir, "final_eval_results.json"), results)
-        write_results(args.output_dir, "eval", {key: value for r in results.values() for key, value in r.items()})
+        write_results(args.output_dir, "eval", random_head | {k: v for r in results.values() for k, v in r.items()})
     return results
 
 
 @exit_on_input_error
 def main() -> None:
-    """Parse -> data -> model -> trainer -> train, evaluate, score -> save."""
+    """Runs the command line."""
+    with contextlib.ExitStack() as stack:
+        run(stack)
+
+
+def run(stack: contextlib.ExitStack) -> None:
+    """Parse -> data -> model -> trainer -> train, evaluate, score -> save.
+
+    Args:
+        stack: what is closed at the end, the lock and the recorded state of a training run.
+    """
     setup_logging()
     from arguments import build_arguments, parse_flags
 
@@ -86,6 +121,7 @@ def main() -> None:
     import torch
 
     from apo.figures import plot_training_curves
+    from apo.flags import check_training
     from apo.resume import model_version
     from apo.run_files import write_manifest, write_model_card
     from apo.scoring import name_score_files, score_dataset
@@ -107,6 +143,7 @@ def main() -> None:
         load_preference_dataset,
         tokenizer=tokenizer,
         data_type=data_args.data_type,
+        response_keys=data_args.response_keys,
         cache_dir=data_args.cache_dir,
         num_records=NUM_DEBUG_RECORDS if args.debug_mode else None,
         **settings.sequence_settings,
@@ -114,15 +151,26 @@ def main() -> None:
     train_set = None
     if args.do_train:
         train_set = merge_training_data({path: load(path) for path in data_args.train_data_path})
+        check_training(args, train_set)
         log_example(train_set, tokenizer)
     data_paths = name_datasets(data_args.eval_data_path)
     eval_sets = {name: load(path) for name, path in data_paths.items()}
     if args.task_type == "inference":
         score_paths = name_score_files(args.output_dir, list(eval_sets), data_args.data_suffix)
 
-    # ---- model
+    # ---- where training starts
     if args.deepspeed:
         prepare_deepspeed(args.device.type)
+    version = model_version(model_path, getattr(config, "_commit_hash", None))
+    depends_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings), "dtype": model_args.dtype}
+    depends_on["num_processes"] = args.world_size
+    if args.do_train:
+        depends_on = weights_depend_on(args.to_dict(), data_args.train_data_path, args.deepspeed, **depends_on)
+        if not start_training(args, depends_on, stack):
+            logger.info("%s: this run has finished before; nothing is left to do", args.output_dir)
+            return
+
+    # ---- model
     dtype = getattr(torch, model_args.dtype)
     compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
     attention = choose_attention(config, args.batching, args.device, compute_dtype)
@@ -134,6 +182,7 @@ def main() -> None:
         seed=args.seed,
         with_lm_head=args.lm_loss_coeff > 0,
         needs_trained_head=args.task_type == "inference",
+        will_train=args.do_train,
         dtype=dtype,
         attention=attention,
     )
@@ -148,6 +197,7 @@ def main() -> None:
         eval_dataset=eval_sets or None,
         processing_class=tokenizer,
     )
+    trainer.depends_on = depends_on
     assert bool(args.deepspeed) == trainer.is_deepspeed_enabled, "the DeepSpeed config was dropped"
     is_main = trainer.is_world_process_zero()
     if is_main:
@@ -158,12 +208,12 @@ def main() -> None:
     if args.do_train:
         train_and_save(trainer)
     if args.task_type == "inference":
-        rewards_depend_on = {"model": model_version(model_path, getattr(config, "_commit_hash", None))}
-        rewards_depend_on |= {"model_name_or_path": model_path, "tokenizer": tokenizer.fingerprint, **asdict(settings)}
+        rewards_depend_on = {"model": version, "model_name_or_path": model_path, "tokenizer": tokenizer.fingerprint}
+        rewards_depend_on |= asdict(settings)
         rewards_depend_on |= {"dtype": [model_args.dtype, str(compute_dtype)], "deepspeed": bool(args.deepspeed)}
         rewards_depend_on |= {"attention": [attention, model_args.padding_side], "data_type": data_args.data_type}
         for name, path in data_paths.items():
-            inputs = {"data_sha256": sha256_of_file(path), **rewards_depend_on}
+            inputs = {"data_sha256": sha256_of_file(path), "keys": data_args.response_keys, **rewards_depend_on}
             score_dataset(trainer, eval_sets[name], score_paths[name], inputs)
     else:
         results = evaluate_all(trainer, eval_sets) if eval_sets else {}

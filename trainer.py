@@ -10,9 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
+from apo.cli import InputError, first_few
+from apo.divergence import GuardedTrainer
+from apo.resumable import ResumableTrainer
 from arguments import RewardTrainingArguments
 from models import RewardModelOutput
 from reward_datasets import batch_by_tokens
@@ -174,14 +177,21 @@ def in_file_order(
     """Sorts gathered rows by the last of the labels, their index in the data set; drops repeated rows and index -1.
 
     The first of the labels are the scores, (B, R); where they mark an absent response the predictions become NaN.
+
+    Raises:
+        InputError: the prediction for a present response is not finite.
     """
     index, rows = np.unique(labels[-1], return_index=True)
-    rows = rows[index >= 0]
+    rows, index = rows[index >= 0], index[index >= 0]
     absent = labels[0][rows] < 0
+    bad = index[(~np.isfinite(predictions[0][rows]) & ~absent).any(-1)] + 1
+    if len(bad):
+        found = f"{len(bad)} of {len(index)} records ({first_few([*map(str, bad)])}, counted from 1)"
+        raise InputError(f"{found} got a reward that is not finite; the model diverged, or overflows in --dtype")
     return tuple(np.where(absent, np.nan, array[rows]) for array in predictions), tuple(x[rows] for x in labels)
 
 
-class RewardModelTrainer(Trainer):
+class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
     """Trains a `RewardModel` on batches of `RewardDataCollator`.
 
     Evaluation gathers the rewards of all pairs and computes metrics and loss over all of them, so that they depend
@@ -196,6 +206,20 @@ class RewardModelTrainer(Trainer):
         self.compute_metrics = self._compute_metrics
         self._window = TrainingWindow()
         self._batches: list[list[int]] | None = None  # those to predict; None: all of the data set
+        if self.args.metric_for_best_model:
+            self._settle_best_metric()
+
+    def _settle_best_metric(self) -> None:
+        """Checks that `--metric_for_best_model` exists; the name of an only evaluation set may be left out."""
+        wanted, sets = self.args.metric_for_best_model, self.eval_dataset
+        bins = self.args.calibration_bins if self.args.rm_calibration else None
+        scores = {name: np.array([[float(any(sets[name]["num_pairs"])), 0.0]]) for name in sets}
+        names = [f"eval_{s}_{m}" for s in sets for m in ("loss", *preference_metrics(scores[s], scores[s], bins))]
+        known = {wanted, f"eval_{wanted}", *(f"eval_{name}_{wanted}" for name in sets if len(sets) == 1)}
+        if not (found := known & set(names)):
+            expected = f"expected one of {', '.join(names)}; a set without pairs has no accuracy"
+            raise InputError(f"--metric_for_best_model {wanted}: no such metric; {expected}")
+        self.args.metric_for_best_model = found.pop()
 
     def _loss_terms(self, rewards: Tensor, scores: Tensor, apo_mask: Tensor) -> dict[str, Tensor]:
         """The weighted terms whose sum is the preference loss, (B, R) -> scalars."""
@@ -333,7 +357,16 @@ class RewardModelTrainer(Trainer):
             logs |= self._window.drain(self.accelerator)
         for name in [name for name in logs if name.startswith("eval") and name.endswith("_steps_per_second")]:
             del logs[name]
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            del logs["grad_norm"]  # of a step that fp16 skips; JSON has no infinity
         super().log(logs, start_time)
+
+    def _progress(self) -> dict[str, Any]:
+        return {**super()._progress(), "window": self._window.state()}
+
+    def _restore_progress(self, progress: dict[str, Any]) -> None:
+        super()._restore_progress(progress)
+        self._window.restore(progress["window"], self.args.device)
 
 
 class TrainingWindow:
@@ -372,3 +405,11 @@ class TrainingWindow:
             logs["apo_accuracy"] = total["golden_correct"] / total["golden"]
         self._sums = {}
         return logs
+
+    def state(self) -> dict[str, float]:
+        """The sums, as JSON holds them."""
+        return {name: value.item() for name, value in self._sums.items()}
+
+    def restore(self, state: dict[str, float], device: torch.device) -> None:
+        """Continues the sums of `state`."""
+        self._sums = {name: torch.tensor(value, dtype=torch.double, device=device) for name, value in state.items()}

@@ -10,6 +10,8 @@ import json
 import logging
 import math
 import os
+import re
+import signal
 import socket
 import sys
 from collections import Counter
@@ -17,16 +19,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from apo.launch import process_rank
+from apo.launch import end_with_launcher, exit_worker, process_rank
 
 logger = logging.getLogger(__name__)
 
 NUM_SHOWN = 5  # problems that one error message shows
+SECRET_VARIABLES = ("OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")
+# User and password of a URL, and keys in the forms of OpenAI and the Hugging Face Hub.
+SECRET_FORMS = re.compile(r"(?<=://)[^\s\"'<>]{1,200}(?=@)|\bsk-[\w*-]{16,}|\bhf_[A-Za-z0-9]{20,}")
+hidden: set[str] = set()  # further secrets: a token of a flag, the password of a URL
 LOCK_SECONDS = 5  # before a process says that it waits
 
 
 class InputError(ValueError):
     """Wrong input from outside. Its text is the line that the user reads: what came, what was expected, what to do."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived, from a scheduler or a launcher. A plain KeyboardInterrupt is SIGINT, from Ctrl-C."""
 
 
 def refuse(difference: str, allowed: bool) -> None:
@@ -36,20 +46,57 @@ def refuse(difference: str, allowed: bool) -> None:
     logger.warning(difference)
 
 
-def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
-    """Makes a script's `main` end with one line on stderr and exit status 2 on an `InputError`.
+def raise_interrupt(signum: int, frame: Any = None, line: str = "the same command starts again") -> NoReturn:
+    """Handles SIGTERM and SIGINT: ends what runs now with an exception, whose text says how to go on."""
+    raise Terminated(line) if signum == signal.SIGTERM else KeyboardInterrupt(line)
 
-    Under torchrun every process that finds the error reports it, all but the first with their rank.
+
+def secrets() -> list[str]:
+    """Returns what no file, log or error may hold, the longest first; "none" and "EMPTY" are too short to be a key."""
+    values = hidden | {os.environ.get(name, "").strip() for name in SECRET_VARIABLES}
+    return sorted((value for value in values if len(value) > 5), key=len, reverse=True)
+
+
+def mask_secrets(text: str) -> str:
+    """Replaces each secret, and what has the form of one, by three stars."""
+    for secret in secrets():
+        text = text.replace(secret, "***")
+    return SECRET_FORMS.sub("***", text)
+
+
+class MaskedRecord(logging.LogRecord):
+    """A log record without secrets, whichever logger it comes from."""
+
+    def getMessage(self) -> str:
+        return mask_secrets(super().getMessage())
+
+
+def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Makes a script's `main` end with one line on stderr, and no traceback, where the cause is outside of the code.
+
+    Exit status: 2 on an `InputError`, and on a file that cannot be read or written; 130 on SIGINT, 143 on SIGTERM.
+    Under torchrun every process that finds an error reports it, all but the first with their rank.
     """
 
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        handlers = {signum: signal.signal(signum, raise_interrupt) for signum in (signal.SIGTERM, signal.SIGINT)}
+        end_with_launcher()
+        logging.setLogRecordFactory(MaskedRecord)
         try:
             main(*args, **kwargs)
-        except InputError as error:
-            name = f"error of rank {process_rank()}: " if process_rank() else "error: "
-            print(name + str(error).replace("\n", "\\n"), file=sys.stderr, flush=True)
-            sys.exit(2)
+            return
+        except KeyboardInterrupt as error:
+            status = 143 if isinstance(error, Terminated) else 130
+            line = f"interrupted: {str(error) or 'the same command goes on'}"
+        except (InputError, OSError) as error:
+            status, line = 2, f"error of rank {process_rank()}: {error}" if process_rank() else f"error: {error}"
+        finally:
+            for signum, handler in handlers.items():
+                signal.signal(signum, handler)
+        if status == 2 or not process_rank():
+            print(mask_secrets(line).replace("\n", "\\n"), file=sys.stderr, flush=True)
+        exit_worker(status)
 
     return wrapped
 
@@ -142,13 +189,19 @@ def locked(path: str | Path, *, wait: bool) -> Iterator[None]:
 
 
 def write_json(path: str | Path, obj: Any) -> None:
-    """Writes `obj` as JSON, completely or not at all; see `replacing`."""
+    """Writes `obj` as JSON, completely or not at all; see `replacing`. A NaN or an infinity is an `InputError`."""
+    try:
+        text = json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise InputError(f"{path}: not written, a number that belongs into it is not finite ({error})") from error
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(obj, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def sha256_of_file(path: str | Path) -> str:
     """Returns the sha256 of a file's bytes in hexadecimal."""
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such file, or a folder; give the path of an existing file")
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(2**20):

@@ -8,11 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from apo.cli import InputError, first_few, locked
+from apo.cli import InputError, describe_counts, first_few, locked
 from apo.launch import process_rank
 from apo.prompts import Prompt, count_cuts, format_response
 from apo.resume import Keep, ResultStore, complete_items
@@ -60,12 +61,14 @@ def derive_seed(seed: int, query_id: str, sample: int) -> int:
 class Engine(Protocol):
     """Generates responses.
 
-    `settings` are what the responses depend on, `notes` are only recorded, `share` are the prompts of this process.
+    `settings` are what the responses depend on, `notes` are only recorded, `share` are the prompts of this process,
+    `missing` counts those of them without a response, by the reason.
     """
 
     settings: dict[str, Any]
     notes: dict[str, Any]
     share: list[Prompt]
+    missing: Counter[str]
 
     def generate(self, prompts: list[Prompt], keep: Callable[[Prompt, list[str]], None]) -> None:
         """Calls `keep` with each prompt, of some or none of `share`, and its texts as soon as these are finished.
@@ -118,29 +121,38 @@ def generate_responses(
             {prompt.key: prompt for prompt in prompts},
             written | kept,
             work,
-            lambda responses: make_records(prompts, responses, fields),
+            lambda responses: make_records(prompts, responses, fields, engine.missing),
             noun="prompts",
             share=[prompt.key for prompt in engine.share],
             progress=process_rank() == 0,
         )
 
 
-def make_records(prompts: list[Prompt], responses: dict[str, list[str]], fields: list[str]) -> list[dict[str, str]]:
+def make_records(
+    prompts: list[Prompt], responses: dict[str, list[str]], fields: list[str], missing: Counter[str]
+) -> list[dict[str, str]]:
     """Returns `{"query_id", "query", <field>: <response>, ...}` of the prompts that have responses, in order.
 
-    The others, which the server refused, are logged.
+    The others are logged, with their numbers by the reason.
 
     Raises:
         InputError: no prompt has responses.
     """
-    refused = [prompt.query_id for prompt in prompts if prompt.key not in responses]
-    if len(refused) == len(prompts):
-        raise InputError(f"the server refused all {len(prompts)} prompts; expected a response to at least one")
-    if refused:
-        message = "%d prompts refused by the server, left out: %s; the same command retries them"
-        logger.warning(message, len(refused), first_few(refused))
+    left_out = [prompt.query_id for prompt in prompts if prompt.key not in responses]
+    words = f"{describe_counts(missing, 'prompts without a response')}, the same command asks again"
+    if len(left_out) == len(prompts):
+        raise InputError(f"{words}; expected a response to at least one")
+    if left_out:
+        logger.warning("%s; left out: %s", words, first_few(left_out))
     return [
         {"query_id": prompt.query_id, "query": prompt.query} | dict(zip(fields, responses[prompt.key], strict=True))
         for prompt in prompts
         if prompt.key in responses
     ]
+
+
+def check_complete(records: list[dict[str, str]], prompts: list[Prompt], may_miss: bool) -> None:
+    """Raises an InputError, after the result is written, if it lacks prompts and nobody allowed that."""
+    if len(records) < len(prompts) and not may_miss:
+        num = len(prompts) - len(records)
+        raise InputError(f"{num} of {len(prompts)} prompts have no response; start again, or allow it: --skip_refused")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import glob
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -64,10 +66,19 @@ def set_ranks_of_one_process() -> None:
 
 
 def prepare_deepspeed(device_type: str) -> None:
-    """Makes DeepSpeed find its build tool, and use gloo where there is no accelerator."""
+    """Makes DeepSpeed find its build tool, use gloo where there is no accelerator, and run no code of a checkpoint."""
     # Another `ninja` earlier on the path would compile everything anew, and an environment need not be activated.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     remove_stale_build_locks()
+    import torch
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    # DeepSpeed unpickles without a limit; so torch refuses all but tensors and these.
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    allowed = [loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum, fragment_address]
+    torch.serialization.add_safe_globals(allowed)
     if device_type == "cpu":
         import deepspeed
 
@@ -94,16 +105,24 @@ def remove_stale_build_locks() -> None:
                 logger.warning("%s: deleted, the build that made it was killed", lock)
 
 
-def exit_worker() -> None:
+def end_with_launcher() -> None:
+    """Makes a process of torchrun get SIGTERM when torchrun is killed, instead of running on alone (Linux)."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def exit_worker(status: int = 0) -> None:
     """Closes the process group, and ends one process of several without interpreter teardown.
 
     In that teardown gloo's threads, which DeepSpeed keeps alive, can abort the process (PyTorch issue 190489).
     """
-    from torch import distributed
-
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
-    if count_processes() > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(0)
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_initialized():
+        if not status:  # after an error, others may still wait in it
+            distributed.destroy_process_group()
+        if count_processes() > 1:
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            os._exit(status)
+    if status:
+        sys.exit(status)

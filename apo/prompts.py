@@ -16,6 +16,12 @@ TURN = re.compile(rf"\n\n({'|'.join(ROLES)}):")
 # Where a response ends, because the model continues as the user.
 GOLDEN_STOP_STRINGS = ("\nHuman:",)  # "\nHumans need water" is part of a response
 SAMPLE_STOP_STRINGS = ("\nHuman",)  # the reference's rule for the LLM's responses
+DOUBTS = {  # about a pair, which is read all the same
+    "no_prompt": "no prompt, each text is one whole sequence",
+    "empty_preferred": "an empty response is preferred",
+    "repeated_prompts": "all responses begin with the prompt",
+    "turns_in_responses": "a response holds a turn of the dialogue, such as \\n\\nHuman:",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,18 @@ def format_response(text: str, stop_strings: tuple[str, ...]) -> str:
         text = text.split(stop_string, maxsplit=1)[0]
     text = text.encode(errors="replace").decode().strip()
     return f" {text}" if text else ""
+
+
+def find_doubts(prompt: str, responses: list[str], scores: list[float]) -> list[str]:
+    """Returns the names in `DOUBTS` of what is odd about the responses to a prompt; the prompt may be empty."""
+    prompt, worst = prompt.strip(), min(scores)
+    found = {
+        "no_prompt": not prompt,
+        "empty_preferred": any(s > worst and not text.strip() for s, text in zip(scores, responses, strict=True)),
+        "repeated_prompts": prompt and all(text.lstrip().startswith(prompt) for text in responses),
+        "turns_in_responses": prompt and any(map(TURN.search, responses)),
+    }
+    return [name for name in DOUBTS if found[name]]
 
 
 def normalize_space(text: str) -> str:

@@ -9,6 +9,7 @@ records, plain or conversational, are read as text-scores records of two respons
 
 A **query** record holds responses without scores: `{"query_id", "query", "sample_0": "<response>", ...}` (sampled) or
 `{"query_id", "query", "golden": "<response>"}` (golden). **Rewards** are `{"<query_id>:<response key>": reward}`.
+A field that is null is absent; one that nothing reads is named in `PreferenceRecord.passed_over`.
 """
 
 from __future__ import annotations
@@ -19,19 +20,32 @@ import dataclasses
 import functools
 import gzip
 import json
+import logging
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
 
 from apo.cli import BadField, InputError, describe, raise_bad_records
-from apo.prompts import ROLES, Prompt
+from apo.prompts import DOUBTS, ROLES, Prompt, find_doubts, normalize_space
+
+logger = logging.getLogger(__name__)
 
 SEPARATOR = "<sep>"
 DATA_TYPES = ("comparison_pair", "reject_sample")  # values of --data_type; `parse_record` explains all kinds
 MAX_SCORE = 1e38  # the range of float32
+SIDES = ("chosen", "rejected")
+RESPONSE_KEY = re.compile(r"(sample|ans)_[0-9]+")
+PROMPT_FIELD = re.compile(  # of other formats: can hold the prompt or a part of it
+    r"(?i)(\w+_)?(prompt|instruction|input|question|query|system|messages?|context|history|dialog(ue)?|conversations?|post)"
+)
+MESSAGES_AS_TEXT = re.compile(  # JSON or Python: an object with role and content, or a list of such
+    r"""(?s)\s*(array\()?\[?\s*\{(?=.*["'](role|from)["']\s*:)(?=.*["'](content|value)["']\s*:).*[\]})]\s*"""
+)
 
 T = TypeVar("T")
 Parser = Callable[[dict[str, Any], str], T]  # (record, id to use if it has none) -> result; raises `BadField`
@@ -47,8 +61,9 @@ def iter_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
         InputError: no such file, empty or broken (with the position); at the end, if a record is not a JSON object.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give the path of an existing .json, .jsonl, .gz or .parquet file")
+    if not path.is_file() or path.suffix in (".csv", ".tsv"):
+        found = "found a folder" if path.is_dir() else "found a table as text" if path.is_file() else "no such file"
+        raise InputError(f"{path}: {found}; give the path of an existing .json, .jsonl, .gz or .parquet file")
     place, problems = None, []
     for place, record in _iter_parquet(path) if path.suffix == ".parquet" else _iter_json(path):
         if isinstance(record, dict):
@@ -66,7 +81,7 @@ def _iter_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1000)
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), start=1):
-            yield f"record {number}", {key: value for key, value in row.items() if value is not None}
+            yield f"record {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as parquet ({error})") from error
 
@@ -89,10 +104,13 @@ def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _decode_json(path: Path, data: bytes, first_line: int = 1) -> Any:
     """Decodes JSON; `first_line` is the line of the file at which `data` starts, for the message."""
-    with contextlib.suppress(orjson.JSONDecodeError):
-        return orjson.loads(data)  # in half the memory of json, which decodes all text first
-    try:  # json also reads byte order marks and NaN, and its errors give the line
-        return json.loads(data.decode("utf-8-sig"))
+    with contextlib.suppress(orjson.JSONDecodeError, RecursionError):
+        value = orjson.loads(data)  # in half the memory of json, which decodes all text first
+        num_keys = data.count(b'":') + data.count(b'" :') - data.count(b'\\":') - data.count(b'\\" :')
+        if num_keys == _count_keys(value):  # a quote within a text is escaped
+            return value
+    try:  # json also reads byte order marks and NaN, shows a key that comes twice, and its errors give the line
+        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_make_object)
     except UnicodeDecodeError as error:
         line = first_line + error.object.count(b"\n", 0, error.start)
         problem = f"line {line} cannot be read as UTF-8 ({error})"
@@ -103,9 +121,21 @@ def _decode_json(path: Path, data: bytes, first_line: int = 1) -> Any:
     raise InputError(f"{path}: {problem}; expected a JSON list of records, or one record per line")
 
 
+def _count_keys(value: Any) -> int:
+    if isinstance(value, dict):
+        return len(value) + sum(map(_count_keys, value.values()))
+    return sum(map(_count_keys, value)) if isinstance(value, list) else 0
+
+
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes an object of JSON; a key that comes twice gets a value that no field may have."""
+    counts = Counter(key for key, _ in pairs)
+    return {key: {"two values under one key": None} if counts[key] > 1 else value for key, value in pairs}
+
+
 @dataclasses.dataclass(slots=True)
 class PreferenceRecord:
-    """R responses, each with its prompt (normally the same one) and its score (higher is better; 0 if unknown)."""
+    """R responses, each with its prompt (the same but for spaces) and its score (higher is better; 0 if unknown)."""
 
     prompts: list[str]
     responses: list[str]
@@ -114,6 +144,19 @@ class PreferenceRecord:
     response_keys: list[str]
     is_apo: bool = False
     place: str = ""  # "record 3" or "line 3" of its file
+    passed_over: list[str] = dataclasses.field(default_factory=list)  # fields that hold something and are not read
+    doubts: list[str] = dataclasses.field(default_factory=list)  # keys of `DOUBTS`
+
+
+def warn_of_fields(path: str | Path, passed_over: Iterable[list[str]], doubts: Iterable[list[str]] = ()) -> None:
+    """Logs the fields of a file that nothing reads, and the doubts, with the number of records."""
+    if fields := Counter(name for names in passed_over for name in names):
+        found = ", ".join(f"{name} ({count})" for name, count in fields.items())
+        if prompts := ", ".join(filter(PROMPT_FIELD.fullmatch, fields)):
+            found += f"; put {prompts} into the prompt if the model should read it"
+        logger.warning("%s: fields passed over, with the number of records: %s", path, found)
+    if counts := Counter(name for names in doubts for name in names):
+        logger.warning("%s: %s", path, "; ".join(f"{DOUBTS[name]} ({count})" for name, count in counts.items()))
 
 
 def iter_parsed(path: str | Path, parse: Parser[T]) -> Iterator[tuple[str, T | BadField]]:
@@ -148,20 +191,24 @@ def iter_valid(path: str | Path, parse: Parser[T], unique_ids: bool = False) -> 
     raise_bad_records(path, problems)
 
 
-def iter_preference_data(path: str | Path, kind: str, add_sep_token: bool = False) -> Iterator[PreferenceRecord]:
+def iter_preference_data(
+    path: str | Path, kind: str, add_sep_token: bool = False, response_keys: Iterable[str] = ()
+) -> Iterator[PreferenceRecord]:
     """Reads and validates a file record by record; see `parse_record` for the arguments, `iter_valid` for the errors.
 
     The query ids of all kinds but `comparison_pair` must be unique: rewards and golden responses are matched by them.
     """
-    parse = functools.partial(parse_record, kind=kind, add_sep_token=add_sep_token)
+    parse = functools.partial(parse_record, kind=kind, add_sep_token=add_sep_token, response_keys=response_keys)
     for place, record in iter_valid(path, parse, unique_ids=kind != "comparison_pair"):
         record.place = place
         yield record
 
 
 def load_preference_data(path: str | Path, kind: str, add_sep_token: bool = False) -> list[PreferenceRecord]:
-    """Reads and validates a whole file; see `iter_preference_data`."""
-    return list(iter_preference_data(path, kind, add_sep_token))
+    """Reads and validates a whole file, with its warnings; see `iter_preference_data`."""
+    records = list(iter_preference_data(path, kind, add_sep_token))
+    warn_of_fields(path, (r.passed_over for r in records), (r.doubts for r in records))
+    return records
 
 
 def load_prompts(path: str | Path, data_type: str | None = None) -> list[Prompt]:
@@ -174,17 +221,17 @@ def load_prompts(path: str | Path, data_type: str | None = None) -> list[Prompt]
     """
     kind = data_type
 
-    def parse(raw: dict[str, Any], default_id: str) -> Prompt:
+    def parse(raw: dict[str, Any], default_id: str) -> PreferenceRecord:
         nonlocal kind
         kind = kind or record_kind(raw)
-        if kind != "comparison_pair":
-            return Prompt("", _require_query_id(raw, default_id), _require_text(raw, "query"))
-        record = _parse_preference(raw, default_id)
+        record = parse_record(raw, default_id, kind=kind if kind == "comparison_pair" else "query")
         if not record.prompts[0].strip():
-            raise BadField("text", "no prompt", f"<prompt>{SEPARATOR}<response>")
-        return Prompt("", record.query_id, record.prompts[0])
+            raise BadField("text" if "text" in raw else "prompt", "no prompt", f"one, in a text before {SEPARATOR}")
+        return record
 
-    return [dataclasses.replace(prompt, place=place) for place, prompt in iter_valid(path, parse, unique_ids=True)]
+    placed = list(iter_valid(path, parse, unique_ids=True))
+    warn_of_fields(path, (record.passed_over for _, record in placed))
+    return [Prompt(place, record.query_id, record.prompts[0]) for place, record in placed]
 
 
 def load_rewards(path: str | Path) -> dict[str, float]:
@@ -197,78 +244,112 @@ def load_rewards(path: str | Path) -> dict[str, float]:
     return rewards
 
 
+def _without_nulls(raw: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in raw.items() if value is not None or RESPONSE_KEY.fullmatch(key)}
+
+
 def record_kind(raw: dict[str, Any]) -> str:
     """Returns the kind of a record by its fields: `comparison_pair`, `golden` or `reject_sample`."""
-    if "query" not in raw:
+    if raw.get("query") is None or {"text", *SIDES} & raw.keys():
         return "comparison_pair"
-    return "golden" if "golden" in raw else "reject_sample"
+    return "golden" if raw.get("golden") is not None else "reject_sample"
 
 
-def response_keys(raw: dict[str, Any], numbered_only: bool = False) -> list[str]:
+def find_response_keys(raw: dict[str, Any], more: Iterable[str] = (), samples_only: bool = False) -> list[str]:
     """Returns the fields of a query record that hold its responses.
 
-    By default these are all fields that can be scored: those that start with `sample_` or `ans_` or contain `gpt4`, in
-    the order of the record. With `numbered_only` they are `sample_<number>` in numeric order, and any other `sample_`
-    field is an error: the reference pairs golden responses with exactly these.
+    These are `sample_<number>`, `ans_<number>` and those that `more` names, in the order of the record. With
+    `samples_only` they are `sample_<number>` in numeric order: golden responses are paired with exactly these.
     """
-    keys = [key for key in raw if key.startswith(("sample_", "ans_")) or "gpt4" in key]
-    if numbered_only:
-        keys = [key for key in keys if key.startswith("sample_")]
-        for key in keys:
-            if not key.removeprefix("sample_").isdecimal():
-                raise BadField(key, "no number after sample_", "a field such as sample_0")
-        keys.sort(key=lambda key: int(key.removeprefix("sample_")))
+    keys = [key for key in raw if RESPONSE_KEY.fullmatch(key) or key in more]
+    if samples_only:
+        keys = sorted((k for k in keys if k.startswith("sample_")), key=lambda k: int(k.removeprefix("sample_")))
     if not keys:
-        raise BadField("sample_0", f"no response (the record has {', '.join(raw)})", "fields sample_0, sample_1, ...")
+        raise BadField("sample_0", f"no response among {', '.join(raw)}", "sample_0, ..., or --response_keys")
     return keys
 
 
-def parse_record(raw: dict[str, Any], default_id: str, *, kind: str, add_sep_token: bool = False) -> PreferenceRecord:
+def parse_record(
+    raw: dict[str, Any], default_id: str, *, kind: str, add_sep_token: bool = False, response_keys: Iterable[str] = ()
+) -> PreferenceRecord:
     """Validates one record (a JSON object); raises `BadField` for the first field that is wrong.
 
     Args:
-        default_id: query id of a `comparison_pair` that has none.
+        default_id: query id of a `comparison_pair` or a `query` that has none.
         kind: `comparison_pair` (text-scores or prompt / chosen / rejected), `reject_sample` (responses to score),
-            `golden` or `sampled` (responses to make pairs of, so that their query must not contain `<sep>`).
+            `golden` or `sampled` (responses to make pairs of, so that their query must not contain `<sep>`), `query`.
         add_sep_token: whether every text of a `comparison_pair` must hold one `<sep>`; without it a text that has none
             is one whole sequence.
+        response_keys: see `find_response_keys`; for `reject_sample`.
     """
-    assert kind in (*DATA_TYPES, "golden", "sampled"), kind
+    assert kind in (*DATA_TYPES, "golden", "sampled", "query"), kind
+    raw = _without_nulls(raw)
     if kind == "comparison_pair":
         return _parse_preference(raw, default_id, add_sep_token)
-    query_id, query = _require_query_id(raw), _require_text(raw, "query")
-    if kind != "reject_sample" and SEPARATOR in query:
-        raise BadField("query", f"a text with {SEPARATOR}", f"a text without {SEPARATOR}, which is added after it")
-    keys = ["golden"] if kind == "golden" else response_keys(raw, numbered_only=kind == "sampled")
+    query_id, query = _require_query_id(raw, default_id if kind == "query" else None), _require_text(raw, "query")
+    if kind in ("golden", "sampled"):
+        _forbid_separator("query", query)
+    keys = {"golden": ["golden"], "query": []}
+    keys = keys[kind] if kind in keys else find_response_keys(raw, response_keys, kind == "sampled")
     responses = [_check_unicode(key, _require(raw, key, "a string", str)) for key in keys]
-    return PreferenceRecord([query] * len(keys), responses, [0.0] * len(keys), query_id, keys)
+    record = PreferenceRecord([query] * max(len(keys), 1), responses, [0.0] * len(keys), query_id, keys)
+    record.passed_over = _passed_over(raw, ["query", "golden", *keys, *filter(RESPONSE_KEY.fullmatch, raw)])
+    return record
 
 
-def _parse_preference(raw: dict[str, Any], default_id: str, add_sep_token: bool = False) -> PreferenceRecord:
-    if "text" not in raw and ("chosen" in raw or "rejected" in raw):
-        texts, scores = _pair_texts(raw), [1.0, 0.0]
-    else:
-        texts = _require(raw, "text", "a list of at least two texts", list)
-        scores = _require(raw, "scores", "a list of numbers, one for each text", list)
+def _parse_preference(raw: dict[str, Any], default_id: str, add_sep_token: bool) -> PreferenceRecord:
+    sides = [side for side in SIDES if side in raw]
+    if sides and ("text" in raw or "scores" in raw):
+        raise BadField(sides[0], "text or scores beside it", "either text and scores, or chosen and rejected")
+    texts, scores = (_split_pair(raw, add_sep_token), [1.0, 0.0]) if sides else _split_text_scores(raw, add_sep_token)
+    prompts, responses = map(list, zip(*texts.values(), strict=True))
+    first, *others = texts
+    for field, prompt in zip(others, prompts[1:], strict=True):
+        if prompt != prompts[0] and normalize_space(prompt) != normalize_space(prompts[0]):
+            raise BadField(field, f"another prompt, {describe(prompt)}", f"that of {first}, {describe(prompts[0])}")
+    keys, kind = [str(i) for i in range(len(texts))], raw.get("type", "human")
+    if kind not in ("apo", "human"):
+        raise BadField("type", describe(kind), '"apo" (golden over sampled), "human", or no such field')
+    record = PreferenceRecord(prompts, responses, scores, _require_query_id(raw, default_id), keys, kind == "apo")
+    record.passed_over = _passed_over(raw, ["type", *(("prompt", *SIDES) if sides else ("text", "scores"))])
+    record.doubts = find_doubts(prompts[0], responses, scores)
+    return record
+
+
+def _passed_over(raw: dict[str, Any], known: list[str]) -> list[str]:
+    """Returns the fields of a record and of its messages that hold something and are not read."""
+    rest = {key: value for key, value in raw.items() if key not in known and key != "query_id"}
+    for field in (field for field in known if field in ("prompt", *SIDES) and isinstance(raw.get(field), list)):
+        rest |= {f"{field}[].{k}": m[k] for m in raw[field] for k in m if k not in ("role", "content")}
+    return [key for key, value in rest.items() if value not in (None, "", [], {})]
+
+
+def _split_text_scores(raw: dict[str, Any], add_sep_token: bool) -> tuple[dict[str, tuple[str, str]], list[float]]:
+    """Returns {field: (prompt, response)} and the scores of a text-scores record."""
+    texts = _require(raw, "text", "a list of at least two texts, or chosen and rejected", list)
+    scores = _require(raw, "scores", "a list of numbers, one for each text", list)
     if len(texts) < 2:
         raise BadField("text", f"{len(texts)} response(s)", "at least two")
     if len(scores) != len(texts):
         raise BadField("scores", f"{len(scores)} scores", f"{len(texts)}, one for each text")
     scores = [_check_number(f"scores[{i}]", score) for i, score in enumerate(scores)]
-    splits = [_split_text(f"text[{i}]", text, add_sep_token) for i, text in enumerate(texts)]
-    prompts, responses = map(list, zip(*splits, strict=True))
-    keys, is_apo = [str(i) for i in range(len(texts))], raw.get("type") == "apo"
-    return PreferenceRecord(prompts, responses, scores, _require_query_id(raw, default_id), keys, is_apo)
+    return _split_texts(raw, {f"text[{i}]": text for i, text in enumerate(texts)}, add_sep_token), scores
 
 
-def _split_text(field: str, text: Any, add_sep_token: bool) -> tuple[str, str]:
-    """Splits "<prompt><sep><response>"; a text without `<sep>` is a response to no prompt."""
-    prompt, *responses = _require_text({field: text}, field).split(SEPARATOR)
-    if len(responses) > 1:
-        raise BadField(field, f"{len(responses)} {SEPARATOR}", f"one {SEPARATOR} between prompt and response")
-    if not responses and add_sep_token:
-        raise BadField(field, f"no {SEPARATOR}", f"one {SEPARATOR}, or a run without --add_sep_token")
-    return (prompt, responses[0]) if responses else ("", prompt)
+def _split_texts(raw: dict[str, Any], texts: dict[str, Any], add_sep_token: bool) -> dict[str, tuple[str, str]]:
+    """Splits each "<prompt><sep><response>" of {field: text}; a text without `<sep>` is a response to no prompt."""
+    parts = {field: _require_text(texts, field).split(SEPARATOR) for field in texts}
+    names = filter(PROMPT_FIELD.fullmatch, raw if max(map(len, parts.values())) == 1 else ())
+    if holders := [name for name in names if isinstance(raw[name], (str, list, dict)) and raw[name]]:
+        expected = f'it in "prompt" beside chosen and rejected, or before {SEPARATOR} in each text'
+        raise BadField(", ".join(holders), "what can be the prompt, but is not read here", expected)
+    for field, part in parts.items():
+        if len(part) > 2:
+            raise BadField(field, f"{len(part) - 1} {SEPARATOR}", f"one {SEPARATOR} between prompt and response")
+        if len(part) < 2 and add_sep_token:
+            ways = 'a field "prompt", or a run' if field in SIDES else "or a run"
+            raise BadField(field, f"no {SEPARATOR}", f"one {SEPARATOR}, {ways} without --add_sep_token")
+    return {field: ("", *part)[-2:] for field, part in parts.items()}
 
 
 def parse_plain_pair(raw: dict[str, Any], default_id: str = "") -> tuple[str, str]:
@@ -276,30 +357,44 @@ def parse_plain_pair(raw: dict[str, Any], default_id: str = "") -> tuple[str, st
     return _require_text(raw, "chosen"), _require_text(raw, "rejected")
 
 
-def _pair_texts(raw: dict[str, Any]) -> list[str]:
-    """Returns the two texts of a prompt / chosen / rejected record, chosen first."""
+def _split_pair(raw: dict[str, Any], add_sep_token: bool) -> dict[str, tuple[str, str]]:
+    """Returns {side: (prompt, response)}."""
+    for name in ("score_{}", "{}_score", "rating_{}", "{}_rating"):
+        scores = [raw.get(name.format(side)) for side in SIDES]
+        if all(isinstance(score, (int, float)) for score in scores) and scores[0] < scores[1]:
+            raise BadField(name.format("chosen"), f"{scores[0]:g}", f"no less than rejected has, {scores[1]:g}")
     if isinstance(raw.get("chosen"), list):
-        dialogues = [_require(raw, field, "a list of messages", list) for field in ("chosen", "rejected")]
-        return [_render_dialogue(raw.get("prompt", []), dialogue) for dialogue in dialogues]
-    prefix = _require_text(raw, "prompt") + SEPARATOR if "prompt" in raw else ""
-    return [prefix + text for text in parse_plain_pair(raw)]
+        return {side: _split_dialogue(raw, side) for side in SIDES}
+    texts = dict(zip(SIDES, parse_plain_pair(raw), strict=True))
+    if "prompt" not in raw:
+        return _split_texts(raw, texts, add_sep_token)
+    prompt = _forbid_separator("prompt", _require_text(raw, "prompt"))
+    return {side: (prompt, _forbid_separator(side, text)) for side, text in texts.items()}
 
 
-def _render_dialogue(prompt: Any, dialogue: list[Any]) -> str:
-    """Renders messages in the Helpful&Harmless form: "\\n\\nHuman: ...\\n\\nAssistant:<sep> <last response>"."""
-    if not isinstance(prompt, list):
-        raise BadField("prompt", describe(prompt), "a list of messages, as in chosen and rejected")
+def _split_dialogue(raw: dict[str, Any], side: str) -> tuple[str, str]:
+    """Renders messages in the Helpful&Harmless form: ("\\n\\nHuman: ...\\n\\nAssistant:", " <last response>")."""
+    dialogue, prompt = _require(raw, side, "a list of messages", list), raw.get("prompt", [])
+    turns = [_render_message(f"{side}[{i}]", message) for i, message in enumerate(dialogue)]
+    if not dialogue or dialogue[-1]["role"] != "assistant":
+        raise BadField(side, "no assistant message at the end", "a last message whose role is assistant")
+    if prompt not in ([message["content"] for message in dialogue[:-1]]):  # a text that repeats a message
+        messages = _require({"prompt": prompt}, "prompt", f"a list of messages, or the text of one in {side}", list)
+        if messages != dialogue[: len(messages)]:
+            turns = [_render_message(f"prompt[{i}]", message) for i, message in enumerate(messages)] + turns
+    if len(turns) < 2:
+        raise BadField(side, "one message", 'the messages of the prompt before it, or in "prompt"')
+    return "".join(turns[:-1]) + "\n\nAssistant:", turns[-1].removeprefix("\n\nAssistant:")
+
+
+def _render_message(field: str, message: Any) -> str:
+    if not isinstance(message, dict):
+        raise BadField(field, describe(message), "a message, which is an object with role and content")
     names = {role: name for name, role in ROLES.items()}
-    messages = prompt + dialogue
-    for message in messages:
-        is_known = isinstance(message, dict) and message.get("role") in tuple(names)
-        if not is_known or not isinstance(message.get("content"), str):
-            expected = "a message with a role (user, assistant, system) and a content string"
-            raise BadField("chosen/rejected", describe(message), expected)
-    if not messages or messages[-1]["role"] != "assistant":
-        raise BadField("chosen/rejected", "no assistant message at the end", "one")
-    context = "".join(f"\n\n{names[m['role']]}: {m['content']}" for m in messages[:-1])
-    return f"{context}\n\nAssistant:{SEPARATOR} {messages[-1]['content']}"
+    if message.get("role") not in tuple(names):
+        raise BadField(f"{field}.role", describe(message.get("role")), "user, assistant or system")
+    text = _require_text({f"{field}.content": message.get("content")}, f"{field}.content")
+    return f"\n\n{names[message['role']]}: {_forbid_separator(f'{field}.content', text)}"
 
 
 def _require(raw: dict[str, Any], field: str, expected: str, expected_type: type = object) -> Any:
@@ -322,7 +417,15 @@ def _require_text(raw: dict[str, Any], field: str) -> str:
     text = _require(raw, field, "a non-empty string", str)
     if not text.strip():
         raise BadField(field, describe(text), "a non-empty string")
+    if MESSAGES_AS_TEXT.fullmatch(text):
+        raise BadField(field, f"messages as one text, {describe(text)}", "a list of messages")
     return _check_unicode(field, text)
+
+
+def _forbid_separator(field: str, text: str) -> str:
+    if SEPARATOR in text:
+        raise BadField(field, f"a text with {SEPARATOR}", f"a text without {SEPARATOR}, which is added after a prompt")
+    return text
 
 
 def _check_unicode(field: str, value: str) -> str:
@@ -336,4 +439,4 @@ def _check_unicode(field: str, value: str) -> str:
 def _check_number(field: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_SCORE:
         raise BadField(field, describe(value), f"a finite number, at most {MAX_SCORE:g} in size")
-    return float(value)
+    return value

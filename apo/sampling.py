@@ -13,6 +13,7 @@ import argparse
 import functools
 import logging
 import multiprocessing
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -59,7 +60,7 @@ def load_tokenizer(path: str, template: str) -> PreTrainedTokenizerBase:
         InputError: it cannot be loaded, or `template` is `chat` and it has no chat template.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare ones for a tokenizer.json it cannot read
         raise InputError(f"{path}: no usable tokenizer ({_reason(error)})") from error
     if template == "chat" and not tokenizer.chat_template:
@@ -75,7 +76,8 @@ def load_llm(path: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTr
         InputError: weights that cannot be read, or that are incomplete, such as those of a reward model.
     """
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        options = {"output_loading_info": True, "trust_remote_code": False}
+        model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded ({_reason(error)})") from error
     if info["missing_keys"]:
@@ -213,6 +215,7 @@ class LocalEngine:
         self.batches = batches[process_rank() :: count_processes()]
         self.share = [prompt for batch in self.batches for prompt in batch]
         self.notes: dict[str, Any] = {}
+        self.missing: Counter[str] = Counter()
         self.settings = {
             "max_length": flags.max_length,
             "dtype": self.dtype,

@@ -20,7 +20,7 @@ from apo.statistics import expected_best, mean_and_interval
 
 logger = logging.getLogger(__name__)
 
-ADVICE = "give the file that train.py --task_type inference wrote for this data"
+ADVICE = "give the file that train.py --task_type inference wrote for this data, and the same --response_keys"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def name_ids(ids: Iterable[str]) -> str:
     return f"{len(different)} {'id' if len(different) == 1 else 'ids'}: {first_few(different)}"
 
 
-def load_scored_prompts(data_path: Path, score_path: Path) -> list[ScoredPrompt]:
+def load_scored_prompts(data_path: Path, score_path: Path, response_keys: Iterable[str] = ()) -> list[ScoredPrompt]:
     """Reads responses and their rewards.
 
     Raises:
@@ -87,7 +87,7 @@ def load_scored_prompts(data_path: Path, score_path: Path) -> list[ScoredPrompt]
     rewards = load_rewards(score_path)
 
     def parse(raw: dict[str, Any], default_id: str) -> ScoredPrompt:
-        record = parse_record(raw, default_id, kind="reject_sample")
+        record = parse_record(raw, default_id, kind="reject_sample", response_keys=response_keys)
         responses = dict(zip(record.response_keys, record.responses, strict=True))
         names = {key: f"{record.query_id}:{key}" for key in responses}
         own = {key: rewards[name] for key, name in names.items() if name in rewards}

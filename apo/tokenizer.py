@@ -15,8 +15,6 @@ from transformers.utils import cached_file
 from apo.cli import InputError
 
 SENTENCEPIECE_ROLES = ("<0x00>", "<0x01>")  # LLaMA-1/2: ids 3 (pad) and 4 (separator), bytes that no text contains
-
-
 ADDED_ROLES = ("<|reward_pad|>", "<|reward_sep|>")
 
 
@@ -58,15 +56,14 @@ class RewardTokenizer:
         return hashlib.sha256(vocabulary + json.dumps(roles).encode()).hexdigest()
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Encodes texts without special tokens; ids of the pad and separator roles never come from text."""
+        """Encodes texts; "</s>" in a text is text, and ids of the pad and separator roles never come from one."""
         if self._sentencepiece:
             batch = self._sentencepiece.encode(texts)
         else:
-            batch = self.hf_tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-        roles = (self.pad_token_id, self.sep_token_id)
-        return [
-            ids if roles[0] not in ids and roles[1] not in ids else [i for i in ids if i not in roles] for ids in batch
-        ]
+            options = {"add_special_tokens": False, "split_special_tokens": True}
+            batch = self.hf_tokenizer(texts, **options).input_ids if texts else []
+        roles = {self.pad_token_id, self.sep_token_id}
+        return [ids if roles.isdisjoint(ids) else [i for i in ids if i not in roles] for ids in batch]
 
     def decode(self, ids: list[int]) -> str:
         """Text of a token sequence, special tokens shown."""
@@ -100,8 +97,8 @@ def load_reward_tokenizer(
         InputError: no usable tokenizer there.
     """
     try:
-        config = config or AutoConfig.from_pretrained(path)
-        hf_tokenizer = AutoTokenizer.from_pretrained(path)
+        config = config or AutoConfig.from_pretrained(path, trust_remote_code=False)
+        hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         sentencepiece_path = cached_file(path, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
         if hf_tokenizer.bos_token_id is None or hf_tokenizer.eos_token_id is None:
             raise InputError(f"{path}: the tokenizer has no bos or no eos token; expected both")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -33,6 +33,7 @@ class CompletionServer(ThreadingHTTPServer):
         self.failures: list[str] = []
         self.refused_text = ""  # status 400 for prompts that hold it
         self.whole_body: bytes | None = None  # instead of every body
+        self.hostile: Callable[[Any], None] | None = None  # writes all bytes of every response to the file it gets
         self.requests: list[dict[str, Any]] = []  # path, headers, body, failure
         return self
 
@@ -66,6 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
             if self.server.refused_text and self.server.refused_text in json.dumps(body):
                 failure = "400"
             self.server.requests.append({"path": self.path, "headers": self.headers, "body": body, "failure": failure})
+        if self.server.hostile:
+            self.close_connection = True
+            self.server.hostile(self.wfile)
+            return
         if failure[:1].isdigit():
             echo = f"refused; you are {self.headers['Authorization']}"  # as careless servers do
             self._send(int(failure), {"error": {"message": echo}})

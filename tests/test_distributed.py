@@ -4,12 +4,29 @@ The first run on a machine builds DeepSpeed's CPU extensions, which takes minute
 """
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHECKPOINT, E2E, REPO_ROOT, pair, read_json, run_train, training_losses, write_records
+from conftest import (
+    CHECKPOINT,
+    E2E,
+    REPO_ROOT,
+    command_line,
+    free_port,
+    pair,
+    read_json,
+    run_train,
+    training_losses,
+    wait_until,
+    write_records,
+)
 from safetensors.torch import load_file
+
+from apo.run_state import find_fault, record_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -114,6 +131,49 @@ def test_zero3_resumes_where_it_was(one_process, zero3_config, tmp_path):
     for name, weight in load_file(tmp_path / "model.safetensors").items():
         torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-6, msg=name)
     assert training_losses(tmp_path) == pytest.approx(training_losses(one_process), abs=1e-5)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_save_and_end_when_their_launcher_is_stopped(tmp_path, signum):
+    """Both after the same step; SIGKILL leaves torchrun no time to tell them."""
+    run = APO_RUN | {"use_cpu": True, "max_steps": 1000, "output_dir": tmp_path / "out"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    with open(tmp_path / "log", "wb") as log:
+        command = [*launcher, str(REPO_ROOT / "train.py"), *command_line(**run)]
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=REPO_ROOT)
+    wait_until(lambda: "'loss'" in (tmp_path / "log").read_text())
+    process.send_signal(signum)
+    process.wait()
+    wait_until(lambda: read_json(tmp_path / "out" / "run_state.json")["state"] != "running")
+    state = read_json(tmp_path / "out" / "run_state.json")
+    [checkpoint] = (tmp_path / "out").glob("checkpoint-*")
+    assert state["state"] == "interrupted" and str(checkpoint) in state["error"]
+    assert find_fault(checkpoint) == ""
+    assert {"progress_0.json", "progress_1.json"} <= {path.name for path in checkpoint.iterdir()}
+
+
+def test_resuming_under_deepspeed_runs_no_code_of_the_checkpoint(tmp_path):
+    """Its files are unpickled; one with a function to call is refused, even if all hashes fit."""
+    run = APO_RUN | {"use_cpu": True, "deepspeed": REPO_ROOT / "configs" / "zero2.json", "output_dir": tmp_path}
+    run |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    run_train(**run)
+    [states] = (tmp_path / "checkpoint-2" / "global_step2").glob("*optim_states.pt")
+    torch.save({"optimizer_state_dict": Touch(tmp_path / "CODE_RAN")}, states)
+    record_checkpoint(tmp_path / "checkpoint-2", read_json(tmp_path / "run_state.json")["depends_on"])
+    (tmp_path / "run_state.json").unlink()
+    done = run_train(**run, resume_from_checkpoint=True, exit_status=2)
+    assert "checkpoint-2: cannot be resumed from" in done.stderr
+    assert not (tmp_path / "CODE_RAN").exists()
+
+
+class Touch:
+    """Unpickling it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.path),)
 
 
 @pytest.fixture(scope="module")

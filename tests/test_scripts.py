@@ -15,7 +15,7 @@ from arguments import parse_flags
 
 SCRIPTS = sorted((REPO_ROOT / "scripts").glob("*.sh"))
 # Packages that are used without an import, and modules with another name than their package.
-NOT_IMPORTED = {"ninja", "protobuf", "pytest-xdist", "ruff"}
+NOT_IMPORTED = {"jinja2", "ninja", "protobuf", "pytest-xdist", "ruff"}
 PACKAGES = {"yaml": "pyyaml"}
 OPTIONAL = {"trl"}  # for comparison in the benchmark
 PRINTS_COMMAND = """#!/bin/bash

@@ -1,5 +1,6 @@
 """The command itself: what it refuses, what it writes, and that an interrupted run loses nothing."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -224,55 +225,152 @@ def test_scores_are_written_once_and_in_order(tmp_path):
     """A second run replaces the file. Ids may hold colons, answers may repeat, and keys differ between records."""
     records = [
         {"query_id": "a:1", "query": "Why?", "sample_0": " So.", "sample_1": " So.", "my_gpt4": " No."},
-        {"query_id": "b", "query": "What?", "ans_x": " This."},
+        {"query_id": "b", "query": "What?", "ans_0": " This.", "sample_id": "b", "my_gpt4": ""},
     ]
     path = write_records(tmp_path / "many.samples.json", records)
     flags = {"model_name_or_path": CHECKPOINT, "task_type": "inference", "data_type": "reject_sample"}
     for _ in range(2):
-        run_main(**ON_CPU, **flags, eval_data_path=path, data_suffix="rm", output_dir=tmp_path / "out")
+        run_main(
+            **ON_CPU,
+            **flags,
+            response_keys="my_gpt4",
+            eval_data_path=path,
+            data_suffix="rm",
+            output_dir=tmp_path / "out",
+        )
     [result] = (tmp_path / "out").glob("*_pred_rm_results.json")
     assert result.name == "many.samples_pred_rm_results.json"
     rows = read_json(result)
-    assert [list(row) for row in rows] == [["a:1:sample_0"], ["a:1:sample_1"], ["a:1:my_gpt4"], ["b:ans_x"]]
+    assert [list(row) for row in rows] == [
+        [name] for name in ("a:1:sample_0", "a:1:sample_1", "a:1:my_gpt4", "b:ans_0", "b:my_gpt4")
+    ]
     assert rows[0]["a:1:sample_0"] == rows[1]["a:1:sample_1"] != rows[2]["a:1:my_gpt4"]
 
 
 # ------------------------------------------------------------------------------------------------ interruption
 
 
+def whole_run(tmp_path: Path, **flags) -> dict:
+    """40 steps, two epochs and a part, saved every 10 and evaluated every 15."""
+    run = training(tmp_path, eval_data_path=E2E / "eval_b.json", save_strategy="steps", save_steps=10, max_steps=40)
+    run |= {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "max_length": 64, "logging_steps": 3}
+    return run | {"eval_strategy": "steps", "eval_steps": 15, "eval_at_start": True} | flags
+
+
+def without_times(values: dict) -> dict:
+    return {name: value for name, value in values.items() if "runtime" not in name and "_per_second" not in name}
+
+
 @pytest.mark.slow
-def test_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
-    """Killed at its first checkpoint, in the middle of an epoch; the weights are the same bit by bit."""
-    flags = training(tmp_path, eval_data_path=E2E / "eval_b.json", save_strategy="steps", save_steps=10, max_steps=40)
-    flags |= {"per_device_train_batch_size": 2, "learning_rate": 1e-3, "max_length": 64, "logging_steps": 5}
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    command = command_line(**ON_CPU, **flags | {"output_dir": killed})
-    process = subprocess.Popen(
-        [sys.executable, str(REPO_ROOT / "train.py"), *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path, signum, status):
+    """Weights, log and results, bit by bit; the signal comes in the middle of an epoch and of a logging window."""
+    flags = whole_run(tmp_path)
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    command = [sys.executable, str(REPO_ROOT / "train.py"), *command_line(**ON_CPU, **flags | {"output_dir": stopped})]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 300
-        while not (killed / "checkpoint-10" / "trainer_state.json").is_file():
+        while not (stopped / "checkpoint-10" / "contents.json").is_file():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
-    assert not (killed / "model.safetensors").exists()
+        process.send_signal(signum)
+        stderr = process.communicate()[1]
+    assert process.returncode == status
+    assert not (stopped / "model.safetensors").exists()
+    state = read_json(stopped / "run_state.json")
+    if signum != signal.SIGKILL:
+        assert state["state"] == "interrupted" and "Traceback" not in stderr
+        assert stderr.splitlines()[-1] == f"interrupted: {state['error']}"
+        assert "--resume_from_checkpoint true goes on" in state["error"]
 
     run_main(**ON_CPU, **flags | {"output_dir": whole})
-    run_main(**ON_CPU, **flags | {"output_dir": killed, "resume_from_checkpoint": True})
-    expected, weights = (load_file(folder / "model.safetensors") for folder in (whole, killed))
+    run_main(**ON_CPU, **flags | {"output_dir": stopped, "resume_from_checkpoint": True})
+    expected, weights = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], expected[name]) for name in weights)
-    logs = [[(log["step"], log["loss"]) for log in log_history(d) if "loss" in log] for d in (whole, killed)]
-    assert logs[0] == logs[1] and len(logs[0]) == 8
-    metrics = [
-        {k: v for k, v in read_json(d / "eval_results.json").items() if "time" not in k and "_per_second" not in k}
-        for d in (whole, killed)
+    logs = [[without_times(log) for log in log_history(folder)] for folder in (whole, stopped)]
+    assert logs[0] == logs[1]
+    for name in ("train_results.json", "eval_results.json", "all_results.json", "final_eval_results.json"):
+        results = [read_json(folder / name) for folder in (whole, stopped)]
+        results = results if name.startswith("final") else list(map(without_times, results))
+        assert results[0].keys() == results[1].keys()
+        assert name.startswith("final") or results[0] == results[1], name
+
+
+KILL_AT = """
+import os, runpy, signal, sys
+def kill(event, args):
+    if event == EVENT and args and str(args[EVENT == "os.rename"]).endswith(NAME):
+        os.kill(os.getpid(), signal.SIGKILL)
+EVENT, NAME, sys.argv = sys.argv[1], sys.argv[2], sys.argv[3:]
+sys.addaudithook(kill)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("event", "name"),
+    [
+        ("open", "checkpoint-20/trainer_state.json"),
+        ("os.rename", "checkpoint-20/contents.json"),
+        ("open", "out/config.json"),
+        ("os.rename", "out/final_eval_results.json"),
+    ],
+)
+def test_run_killed_while_it_writes_ends_after_one_more_start(tmp_path, event, name):
+    """Within a checkpoint, before its record, within the final model, and among the results."""
+    flags = whole_run(tmp_path, resume_from_checkpoint=True, save_total_limit=1)
+    command = [
+        sys.executable,
+        "-c",
+        KILL_AT,
+        event,
+        name,
+        str(REPO_ROOT / "train.py"),
+        *command_line(**ON_CPU, **flags),
     ]
-    assert metrics[0] == metrics[1]
+    killed = subprocess.run(
+        command, cwd=REPO_ROOT, env=os.environ | {"PYTHONPATH": str(REPO_ROOT)}, capture_output=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    run_main(**ON_CPU, **flags)
+    run_main(**ON_CPU, **flags | {"output_dir": tmp_path / "whole"})
+    weights, expected = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    logs = [list(map(without_times, log_history(tmp_path / folder))) for folder in ("out", "whole")]
+    assert logs[0] == logs[1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_finished_run_started_again_does_nothing(tmp_path, caplog):
+    """Its last step lies within an epoch, where transformers would train one step more."""
+    caplog.set_level("INFO")
+    flags = whole_run(tmp_path, max_steps=11, save_steps=11)
+    run_main(**ON_CPU, **flags)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    for resume in ({}, {"resume_from_checkpoint": True}):
+        run_main(**ON_CPU, **flags, **resume)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == files
+    assert "this run has finished before" in caplog.text
+
+
+def test_run_killed_after_its_last_step_trains_no_further(tmp_path):
+    flags = whole_run(tmp_path, max_steps=11, save_steps=11)
+    run_main(**ON_CPU, **flags)
+    weights, log = load_file(tmp_path / "out" / "model.safetensors"), log_history(tmp_path / "out")
+    results = read_json(tmp_path / "out" / "train_results.json")
+    for name in ("run_state.json", "model.safetensors"):
+        (tmp_path / "out" / name).unlink()
+    run_main(**ON_CPU, **flags, resume_from_checkpoint=True)
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    assert list(map(without_times, log_history(tmp_path / "out"))) == list(map(without_times, log))
+    assert without_times(read_json(tmp_path / "out" / "train_results.json")) == without_times(results)
 
 
 def test_help_shows_every_flag(capsys):

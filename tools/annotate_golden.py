@@ -8,8 +8,9 @@ writes the file that `tools/apo_data_converter.py --golden_data_path` reads, in 
     {"query_id": "...", "query": "<prompt>", "golden": " <response>"}
 
 The largest possible cost is logged before the first request; `--dry_run` ends there. An interrupted run resumes when
-it is started again, and a finished one requests only prompts that are new or were changed since. After a failure and
-Ctrl-C requests in progress are completed and kept; only a kill loses these, at most `--concurrency` of them.
+it is started again, and a finished one requests only prompts that are new, were changed since, or have no response;
+docs/data.md says what counts as one. After a failure and Ctrl-C requests in progress are completed and kept; a second
+Ctrl-C or a kill loses these, at most `--concurrency` of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error
-from apo.generation import generate_responses, load_finished
+from apo.generation import check_complete, generate_responses, load_finished
 from apo.prompts import GOLDEN_STOP_STRINGS, render_prompts
 from apo.records import DATA_TYPES, load_prompts
 from apo.resume import ResultStore, refuse_overwriting
@@ -97,7 +98,7 @@ def main() -> None:
     # ---- responses
     body = {"model": args.model, "max_completion_tokens": args.max_new_tokens}
     body |= {} if args.temperature is None else {"temperature": args.temperature}
-    engine = ServerEngine(dialogues, body, args, num_samples=1)
+    engine = ServerEngine(dialogues, body, args, 1, GOLDEN_STOP_STRINGS)
     store = ResultStore(args.output_path, settings, notes=engine.notes)
     try:
         records = generate_responses(store, prompts, engine, fields=["golden"], stop_strings=GOLDEN_STOP_STRINGS)
@@ -106,11 +107,9 @@ def main() -> None:
         if usage:
             cost = describe_cost(usage["prompt_tokens"], usage["completion_tokens"], prices)
             logger.info("%d responses, %d requests retried, %s", usage["responses"], usage["retries"], cost)
-        if usage["truncated"]:
-            logger.warning("%d responses end at --max_new_tokens %d", usage["truncated"], args.max_new_tokens)
     if records is not None:
-        num_empty = sum(not record["golden"] for record in records)
-        print(f"{args.output_path}: {len(records)} golden responses, {num_empty} of them empty")
+        print(f"{args.output_path}: {len(records)} golden responses")
+        check_complete(records, prompts, args.skip_refused)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,10 @@ It reads every format of the project: pairs, sampled responses, golden responses
 findings first, then what files share, and with `--output_dir` writes `check_data.json` and, given a tokenizer,
 `check_data.png`.
 
-A *finding* is one of `FINDINGS`; with `--strict` any of them makes the exit status 2. Everything else is a statistic:
-ties, length bias, lengths, truncated responses, padding. Prompts that a training file shares with an evaluation file
-are a finding; two training files share prompts on purpose (golden and sampled responses, the parts of a whole).
+A *finding* is one of `FINDINGS`. Bad records and unreadable files make the exit status 2, with `--strict` any finding
+does. Everything else is a statistic: ties, length bias, lengths, truncated responses, padding. Prompts that a training
+file shares with an evaluation file are a finding; two training files share prompts on purpose (golden and sampled
+responses, the parts of a whole).
 """
 
 from __future__ import annotations
@@ -35,17 +36,10 @@ import numpy as np
 
 from apo.cli import NUM_SHOWN, BadField, InputError, OneLineParser, at_least, exit_on_input_error, write_json
 from apo.figures import plot_lengths_and_batching
-from apo.prompts import normalize_space
+from apo.prompts import DOUBTS, normalize_space
 from apo.records import PreferenceRecord, iter_parsed, parse_record, record_kind
 from apo.statistics import wilson_interval
-from reward_datasets import (
-    RewardDataCollator,
-    build_sequence,
-    encode_records,
-    name_datasets,
-    normalize_scores,
-    preferred_pairs,
-)
+from reward_datasets import RewardDataCollator, build_sequence, encode_records, name_datasets, preferred_pairs
 
 if TYPE_CHECKING:
     from apo.tokenizer import RewardTokenizer
@@ -63,6 +57,7 @@ FINDINGS = {
     "golden_without_samples": "golden responses without sampled ones",
     "samples_without_golden": "sampled responses without a golden one",
     "overlap": "prompts of training files that are also in evaluation files",
+    **{name: f"records: {text}" for name, text in DOUBTS.items()},
 }
 LENGTHS = ("prompt", "response", "sequence")  # in tokens, before truncation
 QUANTILES = {"min": 0, "5%": 5, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "max": 100}
@@ -86,6 +81,7 @@ class FileCheck:
     path: str
     name: str
     role: str  # train or eval
+    response_keys: list[str] = field(default_factory=list)  # see `apo.records.find_response_keys`
     kind: str = "unknown"  # or one of `KINDS`
     findings: Findings = field(default_factory=Findings)
     counts: Counter[str] = field(default_factory=Counter)
@@ -94,6 +90,7 @@ class FileCheck:
     ids: dict[str, str] = field(default_factory=dict)  # query id -> first place; not of pairs, whose ids may repeat
     lengths: dict[str, array] = field(default_factory=lambda: {name: array("q") for name in LENGTHS})
     tokens_run: Counter[str] = field(default_factory=Counter)  # way of batching -> tokens
+    passed_over: Counter[str] = field(default_factory=Counter)  # field that nothing reads -> records
 
 
 def check_records(check: FileCheck, add_sep_token: bool) -> Iterator[tuple[str, PreferenceRecord]]:
@@ -103,7 +100,7 @@ def check_records(check: FileCheck, add_sep_token: bool) -> Iterator[tuple[str, 
     def parse(raw: dict[str, Any], default_id: str) -> PreferenceRecord:
         nonlocal kind
         kind = kind or record_kind(raw)  # that of the first record
-        return parse_record(raw, default_id, kind=kind, add_sep_token=add_sep_token)
+        return parse_record(raw, default_id, kind=kind, add_sep_token=add_sep_token, response_keys=check.response_keys)
 
     try:
         for place, record in iter_parsed(check.path, parse):
@@ -122,11 +119,6 @@ def digest(value: Any) -> bytes:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).digest()
 
 
-def pairs_of(record: PreferenceRecord) -> list[tuple[int, int]]:
-    """Returns the pairs (i, j) in which training prefers i: it compares normalised scores in float32."""
-    return preferred_pairs(np.float32(normalize_scores(record.scores)).tolist())
-
-
 def check_texts(check: FileCheck, place: str, record: PreferenceRecord) -> None:
     """Adds the findings and counts of a record's texts, scores and id."""
     texts = list(zip(record.prompts, record.responses, strict=True))
@@ -139,12 +131,15 @@ def check_texts(check: FileCheck, place: str, record: PreferenceRecord) -> None:
     for prompt in filter(None, map(normalize_space, dict.fromkeys(record.prompts))):
         check.prompts.setdefault(digest(prompt), place)
 
+    for name in (name for name in record.doubts if name != "no_prompt"):  # a statistic: whole dialogues are common
+        check.findings.add(name, place)
+    check.passed_over.update(record.passed_over)
     check.counts.update(records=1, responses=len(texts))
     check.counts["empty_responses"] += sum(not response.strip() for response in record.responses)
     check.counts["without_prompt"] += not any(prompt.strip() for prompt in record.prompts)
     if check.kind != "pairs":
         return
-    pairs = pairs_of(record)
+    pairs = preferred_pairs(record.scores)
     check.counts.update(pairs=len(pairs), tied_pairs=math.comb(len(texts), 2) - len(pairs), tied_items=not pairs)
     for i, j in pairs:
         if texts[i] == texts[j]:
@@ -174,10 +169,10 @@ def tokenized_items(
             if prompt and settings["truncation_side"] == "left" and len(sequence) <= after_prompt:
                 check.findings.add("prompts_cut_away", f"{place}: response {number} ({len(response)} tokens)")
         texts = list(zip(record.prompts, record.responses, strict=True))
-        for i, j in pairs_of(record):
+        for i, j in preferred_pairs(record.scores):
             if sequences[i] == sequences[j] and texts[i] != texts[j]:
                 check.findings.add("identical_after_truncation", f"{place}: responses {i + 1} and {j + 1}")
-        yield {"input_ids": sequences, "scores": record.scores, "is_apo": record.is_apo}
+        yield {"input_ids": sequences, "scores": [0.0] * len(sequences), "is_apo": record.is_apo}
 
 
 def count_tokens_run(items: list[dict[str, Any]], pad_token_id: int, max_length: int) -> Counter[str]:
@@ -235,6 +230,7 @@ def summarize(check: FileCheck) -> dict[str, Any]:
     names = ["records", "responses", "empty_responses", "without_prompt"]
     names += ["pairs", "tied_pairs", "tied_items"] * (check.kind == "pairs")
     result: dict[str, Any] = {name: counts[name] for name in names}
+    result |= {"passed_over": dict(check.passed_over)} if check.passed_over else {}
     if num_compared := counts["pairs"] + counts["tied_pairs"]:
         result["share_of_tied_pairs"] = counts["tied_pairs"] / num_compared
         result["share_of_tied_items"] = counts["tied_items"] / counts["records"]
@@ -328,7 +324,8 @@ def parse_args() -> argparse.Namespace:
     add("--add_sep_token", nargs="?", const=True, type=parse_bool, choices=(True, False), help=sep_help)
     add("--batch_size", type=at_least(1), default=8, help="items of a batch whose tokens are counted (default: 8)")
     add("--output_dir", type=Path, help="folder for check_data.json and check_data.png")
-    add("--strict", action="store_true", help="exit status 2 if there is any finding")
+    add("--response_keys", nargs="+", default=[], help="fields with responses besides sample_<n> and ans_<n>")
+    add("--strict", action="store_true", help="exit status 2 for any finding, not only for bad records")
     return parser.parse_args()
 
 
@@ -350,17 +347,16 @@ def main() -> None:
     files = [("train", path) for path in args.train_data_path] + [("eval", path) for path in args.eval_data_path]
     if not files:
         raise InputError("nothing to check: give --train_data_path, --eval_data_path, or both")
-    if missing := ", ".join(path for _, path in files if not Path(path).is_file()):
-        raise InputError(f"{missing}: no such file; give paths of existing .json, .jsonl, .gz or .parquet files")
     tokenizer, settings, recorded = None, {"add_sep_token": bool(args.add_sep_token)}, None
     if args.model_name_or_path:
         flags = {name: getattr(args, name) for name in ("max_length", "truncation_side", "add_sep_token")}
         tokenizer, settings = load_tokenizer(args.model_name_or_path, flags)
         recorded = {"tokenizer": args.model_name_or_path, **settings, "batch_size": args.batch_size}
 
+    files = [(role, os.path.normpath(path)) for role, path in files]
     names = {path: name for name, path in name_datasets([path for _, path in files]).items()}
     checks = [
-        check_file(FileCheck(path, names[os.path.normpath(path)], role), settings, tokenizer, args.batch_size)
+        check_file(FileCheck(path, names[path], role, args.response_keys), settings, tokenizer, args.batch_size)
         for role, path in dict.fromkeys(files)
     ]
     report = make_report(checks, recorded)
@@ -372,7 +368,8 @@ def main() -> None:
             stats = {check.name: entry["statistics"] for check, entry in zip(checks, report["files"], strict=True)}
             ratios = {name: s["tokens_run_per_needed"] for name, s in stats.items() if "tokens_run_per_needed" in s}
             plot_lengths_and_batching(args.output_dir / "check_data.png", lengths, ratios, settings["max_length"])
-    if args.strict and report["num_findings"]:
+    is_unusable = any(check.findings.keys() & {"unreadable", "bad_records"} for check in checks)
+    if is_unusable or (args.strict and report["num_findings"]):
         sys.exit(2)
 
 

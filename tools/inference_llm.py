@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error
-from apo.generation import DECODING, LLAMA_2_CHAT_SAMPLING, Decoding, Engine, generate_responses
+from apo.generation import DECODING, LLAMA_2_CHAT_SAMPLING, Decoding, Engine, check_complete, generate_responses
 from apo.launch import count_processes, process_rank
 from apo.prompts import TEMPLATES, Prompt, render_prompts, stop_strings_of
 from apo.records import DATA_TYPES, load_prompts
@@ -85,12 +85,11 @@ def settle(args: argparse.Namespace) -> Decoding:
 def request_body(model: str, template: str, decoding: Decoding) -> dict[str, Any]:
     """Returns the fields of all requests to a server."""
     # Fields of vLLM and SGLang are sent only if they change something: OpenAI's own models refuse them.
-    extra = {"top_k": decoding.top_k} if decoding.top_k else {}
-    if decoding.repetition_penalty != 1:
-        extra["repetition_penalty"] = decoding.repetition_penalty
     body = {"model": model, "temperature": decoding.temperature, "top_p": decoding.top_p}
     body |= {"max_tokens": decoding.max_new_tokens, "stop": list(stop_strings_of(template))}
-    return {**body, "extra_body": extra}
+    body |= {"top_k": decoding.top_k} if decoding.top_k else {}
+    penalty = decoding.repetition_penalty
+    return body | ({"repetition_penalty": penalty} if penalty != 1 else {})
 
 
 def make_engine(args: argparse.Namespace, decoding: Decoding, rendered: dict[Prompt, Any]) -> Engine:
@@ -99,7 +98,7 @@ def make_engine(args: argparse.Namespace, decoding: Decoding, rendered: dict[Pro
         if count_processes() > 1:
             raise InputError(f"--engine openai in {count_processes()} processes: expected one; see --concurrency")
         body = request_body(args.model_name_or_path, args.prompt_template, decoding)
-        return ServerEngine(rendered, body, args, decoding.num_samples)
+        return ServerEngine(rendered, body, args, decoding.num_samples, stop_strings_of(args.prompt_template))
 
     from apo.sampling import LocalEngine
     from models import load_config
@@ -137,6 +136,7 @@ def main() -> None:
         logger.warning("%d prompts have the same response every time; expected different ones", num_same)
     num_empty = sum(not text for texts in responses for text in texts)
     print(f"{result_path}: {len(records)} prompts x {decoding.num_samples} responses, {num_empty} of them empty")
+    check_complete(records, prompts, args.skip_refused)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def parse_args() -> argparse.Namespace:
     score_help = "what train.py --task_type inference wrote: <data>_pred_<suffix>_results.json, or its folder "
     add("--score_path", type=Path, help=score_help + "(default with --rm_scorer: the folder of the data)")
     add("--rm_scorer", help="<suffix> of that file, for a folder with the rewards of several models")
+    add("--response_keys", nargs="+", default=[], help="those of train.py, if the rewards were made with any")
     add("--output_dir", type=Path, default=Path(), help="folder to write to (default: this one)")
     add("--output_file_name", help="names the other files as well (default: <file name of the rewards>_sft.json)")
     add("--allow_other_data", action="store_true", help="take rewards that were made from other data or another model")
@@ -77,7 +78,7 @@ def main() -> None:
     score_path = selection.find_score_file(args.data_path, args.score_path, args.rm_scorer)
     outputs = name_outputs(args.output_dir, args.output_file_name, score_path, args.to_pairs)
 
-    scored = selection.load_scored_prompts(args.data_path, score_path)
+    scored = selection.load_scored_prompts(args.data_path, score_path, args.response_keys)
     hashes = selection.check_origin(args.data_path, score_path, args.allow_other_data)
     prompts = [prompt for prompt in scored if prompt.candidates]
     empty = [prompt.query_id for prompt in scored if not prompt.candidates]

@@ -1,5 +1,6 @@
 """Command lines: one-line errors, complete files, locks."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -111,6 +112,25 @@ def test_every_process_reports_its_error_in_one_line(monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             main()
         assert capsys.readouterr().err == line
+
+
+def test_no_secret_is_in_an_error_or_a_log(monkeypatch, capsys, caplog):
+    """From the environment, a flag or a URL, or only in the form of one; words too short for a key are no secret."""
+    monkeypatch.setattr(cli, "hidden", {"of-a-flag"})
+    monkeypatch.setenv("HF_TOKEN", "of-the-environment")
+    monkeypatch.setenv("OPENAI_API_KEY", "EMPTY")
+    monkeypatch.setattr(logging, "_logRecordFactory", logging.getLogRecordFactory())
+    secret = "of-a-flag of-the-environment http://me:of-a-url@host hf_" + "a1" * 17
+
+    @exit_on_input_error
+    def main() -> None:
+        logging.getLogger("library").warning("EMPTY %s", secret)
+        raise InputError(f"EMPTY {secret}")
+
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    masked = "EMPTY *** *** http://***@host ***"
+    assert capsys.readouterr().err == f"error: {masked}\n" and masked in caplog.text and "of-a" not in caplog.text
 
 
 @pytest.mark.parametrize(

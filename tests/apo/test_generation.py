@@ -2,12 +2,13 @@
 
 import os
 import threading
+from collections import Counter
 
 import pytest
 from conftest import read_json
 
 from apo.cli import InputError
-from apo.generation import derive_seed, generate_responses, load_finished, make_records
+from apo.generation import check_complete, derive_seed, generate_responses, load_finished, make_records
 from apo.prompts import Prompt
 from apo.resume import ResultStore
 
@@ -20,6 +21,7 @@ class FakeEngine:
 
     def __init__(self, refused: str = "", share: list[Prompt] = PROMPTS) -> None:
         self.settings, self.notes, self.share, self.refused = {}, {}, share, refused
+        self.missing = Counter(empty=len(refused))
         self.seen: list[str] = []
 
     def generate(self, prompts, keep) -> None:
@@ -65,7 +67,7 @@ def test_second_run_into_the_same_file_is_refused(tmp_path):
 def test_refused_and_changed_prompts_are_the_only_ones_generated_again(tmp_path, caplog):
     before = generate(tmp_path, FakeEngine("2"))
     assert [record["query_id"] for record in before] == list("013")
-    assert "1 prompts refused by the server, left out: 2; the same command retries them" in caplog.text
+    assert "1 prompts without a response (1 empty), the same command asks again; left out: 2" in caplog.text
     changed = [PROMPTS[3], Prompt("", "1", "changed"), PROMPTS[2]]
     engine = FakeEngine(share=changed)
     after = generate(tmp_path, engine, changed)
@@ -73,9 +75,16 @@ def test_refused_and_changed_prompts_are_the_only_ones_generated_again(tmp_path,
     assert after[0] == before[2]
 
 
-def test_all_prompts_refused_is_an_error():
-    with pytest.raises(InputError, match="refused all 4 prompts"):
-        make_records(PROMPTS, {}, ["golden"])
+def test_no_response_at_all_is_an_error():
+    with pytest.raises(InputError, match=r"4 prompts without a response \(1 empty, 3 refusal\)"):
+        make_records(PROMPTS, {}, ["golden"], Counter(refusal=3, empty=1))
+
+
+def test_a_result_that_lacks_prompts_is_an_error_unless_allowed():
+    check_complete([{}] * 4, PROMPTS, may_miss=False)
+    check_complete([{}] * 3, PROMPTS, may_miss=True)
+    with pytest.raises(InputError, match="1 of 4 prompts have no response"):
+        check_complete([{}] * 3, PROMPTS, may_miss=False)
 
 
 def test_finished_responses_are_those_kept_and_those_of_the_result(tmp_path):

@@ -55,7 +55,7 @@ def test_json_lines_and_gzip_are_read_and_are_the_same_prompts(tmp_path):
         (
             [{"text": ["a", "b"], "scores": [1, 0]}],
             None,
-            r"record 1: .*found no prompt, expected <prompt><sep><response>",
+            r"record 1: .*found no prompt, expected one, in a text before <sep>",
         ),
     ],
 )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from apo.cli import BadField, InputError
 from apo.records import (
     PreferenceRecord,
+    find_response_keys,
     iter_parsed,
     iter_preference_data,
     iter_records,
@@ -21,7 +22,6 @@ from apo.records import (
     load_rewards,
     parse_record,
     record_kind,
-    response_keys,
 )
 
 PAIRS = [pair(f"Question {i}?", f" answer {i}", " none", query_id=f"q{i}") for i in range(3)]
@@ -101,9 +101,10 @@ def test_chosen_over_rejected_columns_of_a_parquet_file_are_read(tmp_path):
 
 
 def test_responses_to_score_are_in_file_order_and_those_to_pair_in_numeric_order():
-    record = {"query": "Why?", "sample_10": "a", "ans_b": "", "my_gpt4": "c", "sample_2": "d", "golden": "e"}
-    assert response_keys(record) == ["sample_10", "ans_b", "my_gpt4", "sample_2"]
-    assert response_keys(record, numbered_only=True) == ["sample_2", "sample_10"]
+    record = {"query": "Why?", "sample_10": "a", "ans_0": "", "my_gpt4": "c", "sample_2": "d", "sample_id": "e"}
+    assert find_response_keys(record) == ["sample_10", "ans_0", "sample_2"]
+    assert find_response_keys(record, ["my_gpt4"]) == ["sample_10", "ans_0", "my_gpt4", "sample_2"]
+    assert find_response_keys(record, samples_only=True) == ["sample_2", "sample_10"]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,46 @@ def test_text_without_separator_is_one_whole_sequence_unless_add_sep_token_is_se
 def test_type_apo_marks_golden_over_sampled_items(tmp_path):
     path = write_records(tmp_path / "a.json", [pair(type="apo"), pair(type="human"), pair()])
     assert [record.is_apo for record in load_preference_data(path, "comparison_pair")] == [True, False, False]
+
+
+def read(tmp_path, *records):
+    return load_preference_data(write_records(tmp_path / "a.json", records), "comparison_pair")
+
+
+@pytest.mark.parametrize("prompt", ["Why?", [QUESTION], None])
+def test_prompt_that_the_messages_repeat_counts_once(tmp_path, prompt):
+    [record] = read(tmp_path, MESSAGES | {"prompt": prompt})
+    assert record.prompts == ["\n\nHuman: Why?\n\nAssistant:"] * 2
+
+
+def test_fields_that_nothing_reads_are_named_in_one_line(tmp_path, caplog):
+    """Empty fields and those of the format are not; neither are the samples and `golden` of one another."""
+    more = {"margin": 2, "system": "Be kind.", "source": "", "n": None, "query_id": 1, "type": "human"}
+    message = {"role": "assistant", "content": "Hello", "tool_calls": [1], "weight": None}
+    read(tmp_path, pair() | more, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0})
+    read(tmp_path, MESSAGES | {"chosen": [QUESTION, message]})
+    load_preference_data(write_records(tmp_path / "b.json", [QUERY | {"ans_0": "", "sample_id": "1"}]), "sampled")
+    assert [line.split("number of records: ")[1] for line in caplog.messages] == [
+        "margin (2), system (1); put system into the prompt if the model should read it",
+        "chosen[].tool_calls (1)",
+        "sample_id (1)",
+    ]
+
+
+def test_doubts_about_records_are_counted(tmp_path, caplog):
+    """Records 1 and 2 have none: only the response that is not preferred is empty, only one repeats the prompt."""
+    turn = pair("Why?", " So.\n\nHuman: Thanks", " No.")
+    doubtful = [
+        pair("Why?", " ", " No."),
+        pair("Why?", "Why? So.", "Why? No."),
+        turn,
+        {"chosen": "b", "rejected": "c"},
+    ]
+    found = read(tmp_path, pair("Why?", " So.", ""), pair("Why?", "Why? So.", " No."), *doubtful)
+    names = ["empty_preferred", "repeated_prompts", "turns_in_responses", "no_prompt"]
+    assert [record.doubts for record in found] == [[], [], *([name] for name in names)]
+    [line] = caplog.messages
+    assert line.count("(1)") == 4
 
 
 # ------------------------------------------------------------------------------------------------ validating
@@ -193,11 +234,61 @@ BAD_RECORDS = {
         MESSAGES | {"prompt": "a"},
         'field "prompt": found the string "a", expected a list of messages',
     ),
-    "user at the end": (MESSAGES | {"chosen": [QUESTION]}, 'field "chosen/rejected": found no assistant message'),
+    "user at the end": (MESSAGES | {"chosen": [QUESTION]}, 'field "chosen": found no assistant message at the end'),
     "role in a list": (
         MESSAGES | {"chosen": [{"role": ["user"], "content": "b"}]},
-        'field "chosen/rejected": found an object with role, content, expected a message with a role',
+        'field "chosen.0..role": found a list of 1, expected user, assistant or system',
     ),
+    "content null": (
+        MESSAGES | {"rejected": [QUESTION, {"role": "assistant", "content": None}]},
+        'field "rejected.1..content": found null, expected a non-empty string',
+    ),
+    "no question": (
+        {"chosen": CONVERSATION[1:], "rejected": CONVERSATION[1:]},
+        'field "chosen": found one message, expected the messages of the prompt before it',
+    ),
+    "messages as a string": (
+        {"chosen": "[{'role': 'user', 'content': 'a'}]", "rejected": "b"},
+        'field "chosen": found messages as one text',
+    ),
+    "prompt elsewhere": (
+        {"instruction": "a", "input": "b", "chosen": "c", "rejected": "d"},
+        'field "instruction, input": found what can be the prompt, but is not read here, expected it in "prompt"',
+    ),
+    "prompt under another name": (
+        {"User_Question": ["a"], "chosen": "c", "rejected": "d"},
+        'field "User_Question": found what can be the prompt',
+    ),
+    "message as a string": (
+        {"prompt": "a", "chosen": """{'content': 'b', "role": "assistant"}""", "rejected": "d"},
+        'field "chosen": found messages as one text',
+    ),
+    "prompt beside text": (
+        {"prompt": "a", "text": ["b", "c"], "scores": [1, 0]},
+        'field "prompt": found what can be the prompt',
+    ),
+    "separator in a prompt": (
+        {"prompt": "a<sep>", "chosen": "b", "rejected": "c"},
+        'field "prompt": found a text with <sep>',
+    ),
+    "no separator and no prompt": (
+        {"chosen": "b", "rejected": "c"},
+        'field "chosen": found no <sep>, expected one <sep>, a field "prompt", or a run',
+    ),
+    "two prompts": (
+        GOOD | {"text": ["a<sep>b", "c<sep>d"]},
+        'field "text.1.": found another prompt, .* "c", expected that of text.0., .* "a"',
+    ),
+    "two dialogues": (
+        MESSAGES | {"rejected": CONVERSATION},
+        'field "rejected": found another prompt, .*, expected that of chosen',
+    ),
+    "both formats": (GOOD | {"chosen": "b"}, 'field "chosen": found text or scores beside it, expected either'),
+    "scores that contradict the sides": (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 1, "score_rejected": 2},
+        'field "score_chosen": found 1, expected no less than rejected has, 2',
+    ),
+    "unknown type": (GOOD | {"type": "APO"}, 'field "type": found the string "APO", expected "apo"'),
 }
 
 
@@ -219,10 +310,11 @@ QUERY = {"query_id": 1, "query": "a", "golden": " c", "sample_0": " b"}
         ("reject_sample", {"query": "a", "sample_0": "b"}, 'field "query_id": found no such field'),
         ("reject_sample", QUERY | {"query_id": True}, 'field "query_id": found true, expected a non-empty string or'),
         ("reject_sample", QUERY | {"query": " "}, 'field "query": found the string " ", expected a non-empty'),
-        ("reject_sample", {"query_id": 1, "query": "a", "b": "c"}, 'field "sample_0": found no response .the record'),
+        ("reject_sample", {"query_id": 1, "query": "a", "b": "c"}, 'field "sample_0": found no response among'),
         ("reject_sample", QUERY | {"sample_1": 3}, 'field "sample_1": found the number 3, expected a string'),
         ("reject_sample", QUERY | {"sample_1": "\ud83d"}, 'field "sample_1": found an unpaired surrogate'),
-        ("sampled", QUERY | {"sample_b": "c"}, 'field "sample_b": found no number after sample_'),
+        ("sampled", {"query_id": 1, "query": "a", "sample_b": "c"}, 'field "sample_0": found no response'),
+        ("reject_sample", QUERY | {"sample_1": None}, 'field "sample_1": found null, expected a string'),
         ("sampled", QUERY | {"query": "a<sep>"}, 'field "query": found a text with <sep>'),
         ("golden", {"query_id": 1, "query": "a"}, 'field "golden": found no such field'),
     ],
@@ -230,6 +322,23 @@ QUERY = {"query_id": 1, "query": "a", "golden": " c", "sample_0": " b"}
 def test_wrong_query_record_is_reported(kind, record, message):
     with pytest.raises(BadField, match=message):
         parse_record(record, "0", kind=kind)
+
+
+@pytest.mark.parametrize("form", ["list", "lines"])
+def test_key_that_comes_twice_in_an_object_is_reported_where_it_is_read(tmp_path, form):
+    """Not where a text only looks so, or where nothing reads the field."""
+    lines = [json.dumps(pair(r'"a":1,"a":1 \":', ' "text": ')), json.dumps(pair()).replace(":", " :")]
+    lines += [json.dumps(pair())[:-1] + end for end in (', "n": 1, "n": 2}', ', "scores": [0, 1]}')]
+    (tmp_path / "a.json").write_text("\n".join(lines) if form == "lines" else f"[{','.join(lines)}]")
+    message = f'^{tmp_path}/a.json: (line|record) 4: field "scores": found an object with two values under one key,'
+    with pytest.raises(InputError, match=message):
+        load_preference_data(tmp_path / "a.json", "comparison_pair")
+
+
+def test_null_is_the_same_in_json_and_parquet(tmp_path):
+    rows = [{"prompt": None, "chosen": "a", "rejected": "b", "type": None}]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "a.parquet"))
+    assert load_preference_data(tmp_path / "a.parquet", "comparison_pair") == read(tmp_path, *rows)
 
 
 @pytest.mark.parametrize("reward", [True, "1", None, float("nan"), 10**400])
@@ -268,6 +377,7 @@ def test_all_bad_records_are_counted_and_the_first_five_shown(tmp_path):
     "content, message",
     [
         (None, "no such file"),
+        ("folder", "found a folder; give the path of an existing"),
         (b"", "the file is empty or holds no records"),
         (b" \n\n", "the file is empty or holds no records"),
         (b"[]", "the file is empty or holds no records"),
@@ -281,7 +391,9 @@ def test_all_bad_records_are_counted_and_the_first_five_shown(tmp_path):
 )
 def test_unreadable_file_is_reported(tmp_path, content, message):
     path = tmp_path / "a.json"
-    if content is not None:
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     with pytest.raises(InputError, match=f"^{path}: {message}") as error:
         list(iter_preference_data(path, "comparison_pair"))

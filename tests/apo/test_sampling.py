@@ -232,7 +232,7 @@ def test_a_broken_tokenizer_is_one_line(base_llama, tmp_path, content):
 
 
 def test_an_error_without_message_is_named(monkeypatch):
-    def fail(path: str) -> None:
+    def fail(path: str, **options: bool) -> None:
         raise ValueError
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", fail)

@@ -100,7 +100,7 @@ def interrupt_after(monkeypatch, num_parts: int) -> list[int]:
 
 @pytest.mark.parametrize("num_parts", [0, 4])
 def test_interrupted_run_resumes_and_computes_nothing_twice(samples, undisturbed, tmp_path, monkeypatch, num_parts):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_after(patch, num_parts)
         run_main(**flags(samples, tmp_path))
     assert not scores_file(tmp_path).exists()
@@ -113,7 +113,7 @@ def test_interrupted_run_resumes_and_computes_nothing_twice(samples, undisturbed
 
 
 def test_rewards_of_other_settings_are_not_used(samples, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_after(patch, 3)
         run_main(**flags(samples, tmp_path, pooling_type="eos"))
     seen = interrupt_after(monkeypatch, 99)

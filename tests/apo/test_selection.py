@@ -40,9 +40,9 @@ def scored(*pairs: tuple[str, float], query_id: str = "1", query: str = QUERY) -
     return ScoredPrompt({"query_id": query_id, "query": query, **responses}, query_id, query, responses, rewards)
 
 
-def load(tmp_path: Path, records: list[dict], rewards: list[dict]) -> list[ScoredPrompt]:
+def load(tmp_path: Path, records: list[dict], rewards: list[dict], response_keys: tuple = ()) -> list[ScoredPrompt]:
     data = write_records(tmp_path / "samples.json", records)
-    return load_scored_prompts(data, write_records(tmp_path / "rewards.json", rewards))
+    return load_scored_prompts(data, write_records(tmp_path / "rewards.json", rewards), response_keys)
 
 
 # ------------------------------------------------------------------------------------------------ choosing
@@ -154,11 +154,11 @@ def test_report_counts_ties_for_the_best_and_lengths_in_characters():
 def test_ids_may_hold_colons_and_any_character(tmp_path):
     """A reward is named "<id>:<response key>"; the id ends at the last colon."""
     ids = ["a:b", "a", "a:sample_0", "问题:1", "🙂\n:", "http://x/y:80"]
-    records = [{"query_id": i, "query": QUERY, "sample_0": " x", "my_gpt4": " y", "ans_b": " z"} for i in ids]
-    rewards = [{f"{i}:{key}": n} for n, i in enumerate(ids) for key in ("sample_0", "my_gpt4", "ans_b")]
-    prompts = load(tmp_path, records, rewards)
+    records = [{"query_id": i, "query": QUERY, "sample_0": " x", "my_gpt4": " y", "ans_1": " z"} for i in ids]
+    rewards = [{f"{i}:{key}": n} for n, i in enumerate(ids) for key in ("sample_0", "my_gpt4", "ans_1")]
+    prompts = load(tmp_path, records, rewards, ["my_gpt4"])
     assert [set(prompt.rewards.values()) for prompt in prompts] == [{float(n)} for n in range(len(ids))]
-    assert list(prompts[0].rewards) == ["sample_0", "my_gpt4", "ans_b"]
+    assert list(prompts[0].rewards) == ["sample_0", "my_gpt4", "ans_1"]
 
 
 def test_score_file_may_be_given_by_its_folder_and_suffix(tmp_path):

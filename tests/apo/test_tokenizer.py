@@ -80,6 +80,19 @@ def test_roles_of_other_tokenizers_follow_the_stated_rule(tmp_path, special_toke
     assert tokenizer.decode(encoded).startswith("text with") and tokenizer.decode(encoded).endswith("in it")
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "transformers", "bpe"])
+def test_special_tokens_in_a_text_are_text(tmp_path, kind):
+    if kind == "bpe":
+        tokenizer = save_bpe(tmp_path, [*BOS_EOS, "<|user|>"], extra_special_tokens={"a": "<|user|>"})
+    else:
+        tokenizer = load_reward_tokenizer(str(CHECKPOINT), backend=kind)
+    special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    text = " ".join(["So.", *tokenizer.hf_tokenizer.convert_ids_to_tokens(special), "No."])
+    [ids] = tokenizer.encode([text])
+    assert not set(special) & set(ids)
+    assert tokenizer.decode(ids).strip() == text
+
+
 def test_tokenizer_without_bos_is_refused(tmp_path):
     tokenizer = make_bpe_tokenizer(BOS_EOS)
     tokenizer.bos_token = None

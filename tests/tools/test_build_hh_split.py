@@ -266,8 +266,7 @@ def test_failed_write_keeps_the_earlier_files(sources, tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(build_hh_split, "sha256_of_file", lambda path: fail(path) if out in path.parents else "")
-    with pytest.raises(OSError, match="no space left"):
-        run_main(*sources, "--seed", 7, "--output_dir", out)
+    assert run_main(*sources, "--seed", 7, "--output_dir", out) == 2
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 

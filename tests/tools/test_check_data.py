@@ -345,6 +345,23 @@ def test_findings_are_printed_and_change_the_exit_status_with_strict(tmp_path, r
     assert run_main("--train_data_path", path)[0] == 0
 
 
+@pytest.mark.parametrize(("content", "words"), [("[{", ["broken JSON"]), ('[{"text": 1}]', ["bad_records", "text"])])
+def test_bad_records_and_unreadable_files_change_the_exit_status_without_strict(tmp_path, run_main, content, words):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    for path in (tmp_path / "a.json", tmp_path / "none.json"):
+        status, stdout, _ = run_main("--train_data_path", path)
+        assert status == 2 and "FOUND 1" in stdout
+    assert all(word in run_main("--train_data_path", tmp_path / "a.json")[1] for word in words)
+
+
+def test_doubts_and_fields_that_nothing_reads_are_reported(tmp_path):
+    """The dialogue without a prompt is a statistic, not a finding."""
+    records = [pair(good=" "), pair("What?", margin=1), {"chosen": "a", "rejected": "b", "margin": 2}]
+    found = check(write_records(tmp_path / "a.json", records))
+    assert counts(found.findings) == {"empty_preferred": 1}
+    assert summarize(found)["without_prompt"] == 1 and summarize(found)["passed_over"] == {"margin": 2}
+
+
 def test_strict_counts_findings_across_files(tmp_path, run_main):
     train = write_records(tmp_path / "train.json", [golden("1")])
     evaluation = write_records(tmp_path / "eval.json", [sampled("2")])
@@ -383,7 +400,6 @@ def test_report_and_figure_are_written_and_a_broken_file_does_not_stop_the_other
     ("words", "message"),
     [
         ([], "nothing to check"),
-        (["--eval_data_path", "none.json"], "none.json: no such file"),
         (
             ["--eval_data_path", __file__, "--max_length", 7],
             "--max_length: found 7, expected a whole number of at least 8",

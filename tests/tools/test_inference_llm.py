@@ -29,7 +29,7 @@ PROMPTS = [f"\n\nHuman: {query}\n\nAssistant:" for query in QUERIES]
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch):
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("apo.server.RETRY_DELAY", 0.01)
 
 
 @pytest.fixture
@@ -60,6 +60,7 @@ def sample(monkeypatch, base_llama, data, tmp_path):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
         monkeypatch.setattr(sys, "argv", ["inference_llm.py", *command_line(**options)])
+        monkeypatch.setattr("apo.cli.exit_worker", sys.exit)  # of several processes it would end this one
         inference_llm.main()
         return tmp_path / folder / f"{NAME}_results.json"
 
@@ -173,7 +174,7 @@ def test_interrupted_run_resumes(sample, monkeypatch, num_prompts, caplog):
     """With an incomplete last line, on another number of processes, and with other batches."""
     caplog.set_level("INFO")
     expected = sample("whole").read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         interrupt_after(patch, num_prompts)
         sample("broken")
     folder = sample("whole").parent.parent / "broken"
@@ -196,7 +197,7 @@ def test_a_finished_result_is_not_computed_again(sample, monkeypatch, caplog):
 def test_a_changed_setting_starts_again_and_replaces_the_result(sample, monkeypatch):
     changes = {"num_samples": 1}
     expected = sample("a", **changes).read_bytes()
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
         interrupt_after(patch, 3)
         sample("b")
     sample("b", **changes)

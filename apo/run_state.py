@@ -1,0 +1,204 @@
+"""The state of a training run: finished, interrupted or failed; what it depends on; which checkpoints are whole.
+
+`run_state.json` in the output folder records the state and all that the weights depend on. `contents.json` in a
+checkpoint is written last: it holds the sha256 of every other file, so that a checkpoint is whole or none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from apo.cli import InputError, first_few, locked, sha256_of_file, write_json
+
+logger = logging.getLogger(__name__)
+
+STATE, CONTENTS = "run_state.json", "contents.json"
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# Flags on which no weight depends: what is logged, evaluated, saved and shown, and how data reach the device.
+NO_WEIGHT_DEPENDS_ON = (
+    *("output_dir", "log", "disable_tqdm", "report_to", "run_name", "project", "trackio", "eval", "per_device_eval"),
+    *("prediction_loss_only", "include_", "batch_eval", "save_", "enable_jit", "push_", "hub_", "do_", "resume_"),
+    *("local_rank", "rm_calibration", "calibration_bins", "skip_memory", "dataloader_num_workers", "dataloader_p"),
+    *("dataloader_multi", "ddp_timeout", "torch_empty_cache", "use_cpu", "allow_changes", "debug"),
+)
+
+
+def weights_depend_on(
+    arguments: Mapping[str, Any], data_paths: list[str], deepspeed: str | None, **more: Any
+) -> dict[str, Any]:
+    """Returns all that the weights at the end of a run depend on, by name, as JSON holds it.
+
+    Args:
+        arguments: all resolved training arguments.
+        data_paths: the training files, in order.
+        deepspeed: path of the DeepSpeed config, of which only the content counts.
+        more: other things, such as the version of the base model.
+    """
+    flags = {name: value for name, value in arguments.items() if not name.startswith(NO_WEIGHT_DEPENDS_ON)}
+    flags |= {"debug_mode": arguments["debug_mode"], "train_data": [sha256_of_file(path) for path in data_paths]}
+    flags["deepspeed"] = json.loads(Path(deepspeed).read_text(encoding="utf-8")) if deepspeed else None
+    return json.loads(json.dumps({**flags, **more}, default=str))
+
+
+def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> str:
+    """Names what differs, with both values: "learning_rate 0.001, now 0.01"; an empty string if nothing does."""
+    changed = [name for name in {**recorded, **current} if recorded.get(name) != current.get(name)]
+    return first_few([f"{name} {recorded.get(name)}, now {current.get(name)}" for name in changed])
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; an empty one if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def record_checkpoint(folder: Path, depends_on: Mapping[str, Any]) -> None:
+    """Writes what makes a checkpoint whole: the sha256 of each file, once all are on disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CONTENTS)
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    hashes = {str(path.relative_to(folder)): sha256_of_file(path) for path in files}
+    write_json(folder / CONTENTS, {"depends_on": depends_on, "files": hashes})
+
+
+def find_fault(folder: str | Path, patterns: tuple[str, ...] = ("*",)) -> str:
+    """Returns why the files of a checkpoint or a finished run are not those that were recorded; "" if they are.
+
+    Args:
+        patterns: of the names to compare. A folder without a record has no fault, unless all files are asked for.
+    """
+    recorded = read_json_object(Path(folder, CONTENTS)) or read_json_object(Path(folder, STATE))
+    if not isinstance(recorded.get("files"), dict):
+        return f"it is incomplete (no {CONTENTS})" if patterns == ("*",) else ""
+    for name, sha256 in recorded["files"].items():
+        path = Path(folder, name)
+        if any(path.match(pattern) for pattern in patterns):
+            if not path.is_file():
+                return f"{name} is missing"
+            if sha256_of_file(path) != sha256:
+                return f"{name} is damaged or was changed"
+    return ""
+
+
+def check_weights(folder: str | Path) -> None:
+    """Refuses weights whose bytes are not those that were saved; warns of those of a run that has not finished."""
+    if fault := find_fault(folder, WEIGHTS):
+        raise InputError(f"{folder}: {fault}; restore the file, or train again")
+    state = read_json_object(Path(folder, STATE)).get("state", "finished")
+    if state != "finished":
+        logger.warning("%s: the run that writes here has not finished (%s)", folder, state)
+
+
+def choose_start(
+    output_dir: str | Path, resume: str | None, depends_on: Mapping[str, Any], allow_changes: bool = False
+) -> str | None:
+    """Settles where training starts: from the beginning (None), or from a checkpoint (its path).
+
+    Args:
+        resume: value of `--resume_from_checkpoint`: true for the newest whole checkpoint, else a path, or none.
+        depends_on: of `weights_depend_on`.
+        allow_changes: whether a checkpoint may come from other data or flags.
+
+    Raises:
+        InputError: a new run into the checkpoints of another, a damaged checkpoint, or one of other data or flags.
+    """
+    checkpoints = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
+    checkpoints.sort(key=lambda path: int(path.name[11:]))
+    resume = str(resume or "false")
+    if resume.lower() == "false":
+        if checkpoints:
+            raise InputError(
+                f"{output_dir} holds checkpoints of an earlier run ({checkpoints[-1].name}); choose another "
+                "--output_dir, delete them, or resume with --resume_from_checkpoint true"
+            )
+        return None
+    if resume.lower() == "true":
+        while checkpoints and (fault := find_fault(checkpoints[-1])):
+            logger.warning("%s is skipped: %s", checkpoints.pop(), fault)
+        if not checkpoints:
+            logger.info("%s has no whole checkpoint: training starts from the beginning", output_dir)
+            return None
+        checkpoint = checkpoints[-1]
+    elif fault := find_fault(checkpoint := Path(resume)):
+        raise InputError(f"--resume_from_checkpoint {resume}: {fault}; expected a checkpoint-N that train.py wrote")
+    changes = describe_changes(read_json_object(checkpoint / CONTENTS)["depends_on"], depends_on)
+    if changes and not allow_changes:
+        raise InputError(
+            f"{checkpoint} was trained with {changes}; give the same, or choose another --output_dir, or accept it "
+            "with --allow_changes true"
+        )
+    if changes:
+        logger.warning("%s was trained with %s", checkpoint, changes)
+    return str(checkpoint)
+
+
+def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any]) -> bool:
+    """Whether a run with the same data and flags has finished there, and its model is whole.
+
+    Raises:
+        InputError: a run with other data or flags has.
+    """
+    recorded = read_json_object(Path(output_dir, STATE))
+    if recorded.get("state") != "finished":
+        return False
+    if changes := describe_changes(recorded["depends_on"], depends_on):
+        raise InputError(
+            f"{output_dir} holds a finished run with {changes}; choose another --output_dir, or delete it"
+        )
+    if fault := find_fault(output_dir, WEIGHTS):
+        logger.warning("%s: %s; the end of the run is repeated", output_dir, fault)
+    return not fault
+
+
+@contextlib.contextmanager
+def recorded_run(output_dir: str | Path, depends_on: Mapping[str, Any]) -> Iterator[None]:
+    """Records that a run is running, and at its end that it is finished, interrupted or failed."""
+    path = Path(output_dir, STATE)
+    write_json(path, {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "depends_on": depends_on})
+    try:
+        yield
+    except BaseException as error:
+        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        with contextlib.suppress(InputError):  # the disk is full
+            write_json(path, {"state": state, "error": str(error), "depends_on": depends_on})
+        raise
+    hashes = {
+        file.name: sha256_of_file(file) for pattern in WEIGHTS for file in sorted(Path(output_dir).glob(pattern))
+    }
+    write_json(path, {"state": "finished", "depends_on": depends_on, "files": hashes})
+
+
+@contextlib.contextmanager
+def exclusive(output_dir: str | Path) -> Iterator[None]:
+    """Keeps other runs out of an output folder, and deletes the temporary files of a run that was killed there."""
+    with locked(Path(output_dir, "run"), wait=False):
+        for temporary in Path(output_dir).glob(".*.tmp"):
+            temporary.unlink()
+        yield
+
+
+@contextlib.contextmanager
+def saving(folder: str | Path) -> Iterator[None]:
+    """Turns any error of a library that saves a model into one line; an incomplete checkpoint is deleted."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # safetensors, tokenizers and torch raise each their own, for a full disk too
+        free = shutil.disk_usage(folder).free
+        if Path(folder).name.startswith("checkpoint-"):
+            shutil.rmtree(folder, ignore_errors=True)
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{folder}: cannot be saved, {free / 1e6:,.1f} MB of disk are free ({reason})") from error
