@@ -40,9 +40,9 @@ class Terminated(KeyboardInterrupt):
 
 
 def refuse(difference: str, allowed: bool) -> None:
-    """Raises an InputError for inputs that do not belong together; with --allow_other_data it is a warning."""
+    """Raises an InputError for inputs that do not belong together; with --allow_changes it is a warning."""
     if not allowed:
-        raise InputError(f"{difference}, or allow it by --allow_other_data")
+        raise InputError(f"{difference}, or accept it with --allow_changes")
     logger.warning(difference)
 
 
@@ -177,7 +177,7 @@ def locked(path: str | Path, *, wait: bool) -> Iterator[None]:
         logger.warning("waiting for %s, held by %s", file, holder)
         lock.acquire()
     except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error}); give another place") from error
+        raise InputError(f"{file}: cannot be written ({error.strerror}); give another place") from error
     with contextlib.suppress(OSError):
         file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     try:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from apo.cli import InputError, first_few, sha256_of_file, write_json
+from apo.run_state import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +34,7 @@ def model_version(path: str, commit: str | None) -> str | None:
 
 def read_recorded(result_path: Path) -> dict[str, Any]:
     """Returns what a result was made from, as its settings file records it; empty where that cannot be read."""
-    try:
-        return dict(json.loads(result_path.with_suffix(".settings.json").read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError, RecursionError):
-        return {}
+    return read_json_object(result_path.with_suffix(".settings.json"))
 
 
 def refuse_overwriting(data_path: str | Path, result_path: Path) -> None:

@@ -180,7 +180,12 @@ def test_a_bad_folder_is_an_error_before_the_first_request(annotate, server, tmp
     with pytest.raises(SystemExit) as ended:
         annotate("file/g.json")
     error = capsys.readouterr().err
-    assert ended.value.code == 2 and "cannot be written" in error and "give another place" in error and "Traceback" not in error
+    assert (
+        ended.value.code == 2
+        and "cannot be written" in error
+        and "give another place" in error
+        and "Traceback" not in error
+    )
     assert server.requests == []
 
 
