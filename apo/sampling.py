@@ -103,9 +103,8 @@ def tokenize(
     if template == "chat":
         render = functools.partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
         try:
-            # A template is a program, and may not end: in a process of its own, which SIGTERM kills.
-            fork, default = multiprocessing.get_context("fork"), (signal.SIGTERM, signal.SIG_DFL)
-            with fork.Pool(1, signal.signal, default) as pool:
+            default = (signal.SIGTERM, signal.SIG_DFL)  # a template is a program, and may not end; this kills it
+            with multiprocessing.get_context("fork").Pool(1, signal.signal, default) as pool:
                 texts = pool.imap(render, rendered)
                 rendered = [texts.next(TEMPLATE_SECONDS) for _ in rendered]
         except Exception as error:  # it can raise anything

@@ -204,7 +204,7 @@ def test_chat_template_is_the_tokenizers_own():
         "{{ 1 / 0 }}",
     ],
 )
-def test_template_that_does_not_end_or_fails_is_one_line(template, monkeypatch):
+def test_template_that_does_not_end_or_fails_is_one_line(template, monkeypatch, capfd):
     """Also where SIGTERM, which ends the process of the template, is handled."""
     monkeypatch.setattr(sampling, "TEMPLATE_SECONDS", 1)
     before = signal.signal(signal.SIGTERM, raise_interrupt)
@@ -213,6 +213,7 @@ def test_template_that_does_not_end_or_fails_is_one_line(template, monkeypatch):
     with pytest.raises(InputError, match=r"template refuses a prompt \((TimeoutError|division by zero)\), .* 1 s"):
         tokenize(tokenizer, [[{"role": "user", "content": "Why?"}]], "chat", 64)
     signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err == ""
 
 
 def test_llama_2_chat_turns_hold_bos_and_eos(base_llama):
