@@ -148,6 +148,8 @@ class RewardTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and "_calibration_" in (self.metric_for_best_model or ""):
             self.greater_is_better = False
         super().__post_init__()
+        if self.fp16 and self.device.type == "cpu" and not self.deepspeed:
+            raise InputError("--fp16 true has no effect on a CPU; give --bf16 true, or neither")
         check_packages(self)
         if self.world_size != count_processes():
             raise InputError(

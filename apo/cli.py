@@ -94,6 +94,9 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
         finally:
             for signum, handler in handlers.items():
                 signal.signal(signum, handler)
+        if "tqdm" in sys.modules:  # a progress bar leaves the cursor in its line
+            for bar in list(sys.modules["tqdm"].tqdm._instances):
+                bar.close()
         if status == 2 or not process_rank():
             print(mask_secrets(line).replace("\n", "\\n"), file=sys.stderr, flush=True)
         exit_worker(status)

@@ -70,6 +70,7 @@ def write_results(output_dir: str, split: str, metrics: dict[str, Any]) -> None:
     write_json(Path(output_dir) / f"{split}_results.json", metrics)
     combined = Path(output_dir) / "all_results.json"
     earlier = read_json(combined) if combined.is_file() else {}
+    earlier.pop("reward_head", None)  # a mark on the results of an earlier model
     write_json(combined, {**earlier, **metrics})
 
 

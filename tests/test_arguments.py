@@ -111,6 +111,14 @@ def test_given_flags_without_effect_on_the_task_are_named(caplog):
             {"eval_data_path": None, "do_train": True, "train_data_path": "A", "eval_strategy": "epoch"},
             "epoch without",
         ),
+        (
+            {"eval_data_path": None, "do_train": True, "train_data_path": "A", "do_eval": True},
+            "--do_eval True without",
+        ),
+        ({"do_train": True, "train_data_path": "A", "dtype": "float16"}, "--dtype float16: such weights overflow"),
+        ({"fp16": True}, "--fp16 true has no effect on a CPU"),
+        ({"save_strategy": "best", "eval_strategy": "epoch"}, "best needs --metric_for_best_model"),
+        ({"metric_for_best_model": "accuracy"}, "need --eval_strategy steps or epoch"),
     ],
     ids=lambda value: " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
 )
@@ -170,6 +178,12 @@ def test_deepspeed_without_an_accelerator_needs_use_cpu():
         pytest.skip("there is an accelerator")
     with pytest.raises(InputError, match="no accelerator was found; add --use_cpu true"):
         parse(**NEEDED | {"use_cpu": None}, deepspeed="configs/zero2.json")
+
+
+def test_lower_calibration_error_is_better():
+    flags = NEEDED | {"eval_strategy": "epoch", "metric_for_best_model": "eval_a.json_calibration_ECE_bin10"}
+    assert parse(**flags)[2].greater_is_better is False
+    assert parse(**flags, greater_is_better=True)[2].greater_is_better
 
 
 @pytest.mark.parametrize("flag", [{"eval_at_start": True}, {"metric_for_best_model": "accuracy"}])

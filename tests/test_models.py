@@ -1,5 +1,6 @@
 """The reward model: pooling, invariance to padding and company, tokenizer roles, loading and saving."""
 
+import functools
 import logging
 import math
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from apo.cli import InputError
+from apo.tokenizer import load_reward_tokenizer
 from models import POOLING_TYPES, RewardModel, load_config, load_reward_model, pool_rewards, resolve_settings
 
 SEQUENCES = st.lists(st.lists(st.integers(5, 1023), min_size=2, max_size=20), min_size=1, max_size=5)
@@ -231,11 +233,51 @@ def test_other_architecture_is_refused(tmp_path):
 
 def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
     """transformers would fill them with random numbers."""
-    weights = load_file(copy_checkpoint(tmp_path) / "model.safetensors")
-    del weights["model.layers.0.mlp.up_proj.weight"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    copy_checkpoint(tmp_path)
+    rewrite_weights(tmp_path, lambda weights: weights.pop("model.layers.0.mlp.up_proj.weight"))
     with pytest.raises(InputError, match=r"lacks 1 weights \(model.layers.0.mlp.up_proj.weight\)"):
         load_model(tmp_path)
+
+
+def rewrite_weights(folder, change) -> None:
+    """Loads the weights of a model folder, changes them in place, and saves them."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_checkpoint_with_weights_that_are_not_finite_is_refused(tmp_path, value):
+    """One number of one weight is enough."""
+    copy_checkpoint(tmp_path)
+    rewrite_weights(tmp_path, lambda weights: weights["model.norm.weight"][3:4].fill_(value))
+    with pytest.raises(InputError, match=r"1 of \d+ weights are NaN or infinite \(model.norm.weight\)"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("will_train", [True, False])
+def test_head_of_another_library_is_not_taken_for_a_missing_one(tmp_path, will_train):
+    """LlamaForSequenceClassification calls its head `score`: without training the rewards would be random."""
+    copy_checkpoint(tmp_path)
+    rewrite_weights(tmp_path, lambda weights: weights.update({"score.weight": weights.pop("reward_head.weight")}))
+    config = load_config(str(tmp_path))
+    load = functools.partial(
+        load_reward_model,
+        *(str(tmp_path), config, load_reward_tokenizer(str(tmp_path), config), resolve_settings(config)),
+        seed=5,
+    )
+    if will_train:
+        assert load(will_train=True).head_origin == "initialised (seed 5)"
+    else:
+        with pytest.raises(InputError, match=r"found score.weight, a head of another library, but no reward head"):
+            load(will_train=False)
+
+
+def test_longer_sequences_than_the_model_has_positions_are_refused():
+    config = LlamaConfig(max_position_embeddings=64)
+    with pytest.raises(InputError, match="max_length 65: the model has 64 positions; lower --max_length"):
+        resolve_settings(config, max_length=65)
+    assert resolve_settings(config, max_length=64).max_length == 64
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])

@@ -30,6 +30,13 @@ def read_results(run_dir: str) -> dict[str, dict[str, float]]:
     return results
 
 
+def head_mark(run_dir: str) -> str:
+    """Says that the rewards of a run were random: its model had no reward head and was not trained."""
+    path = Path(run_dir, "eval_results.json")
+    head = read_json(path).get("reward_head") if path.is_file() else None
+    return f", head {head}" if head else ""
+
+
 def find_hash(run_dir: str, name: str) -> str | None:
     """Returns the sha256 of an evaluation set, as the manifest has it for the last run that read it."""
     path = Path(run_dir, "manifest.json")
@@ -84,7 +91,7 @@ def main() -> None:
     for name in dict.fromkeys(name for sets in results.values() for name in sets):
         hashes = {run: find_hash(run_dirs[run], name) for run in results if name in results[run]}
         check_same_data(name, hashes, args.allow_changes)
-    rows = compare(results, args.bins)
+    rows = compare({run + head_mark(run_dirs[run]): sets for run, sets in results.items()}, args.bins)
     print(format_table((*COLUMNS, f"ECE, {args.bins} bins"), rows, num_text_columns=2))
 
 

@@ -55,6 +55,14 @@ def test_runs_of_the_same_name_get_different_labels(tmp_path, monkeypatch, capsy
     assert "ECE, 10 bins" in output and "seed_1/rm" in output and "seed_2/rm" in output
 
 
+def test_run_with_a_random_head_is_marked(tmp_path, monkeypatch, capsys):
+    folder = write_run(tmp_path / "base", {"a.json": metrics_of("a.json", 0.5, 10)})
+    write_records(folder / "eval_results.json", {"reward_head": "initialised (seed 42)"})
+    monkeypatch.setattr(sys, "argv", ["compare_runs.py", str(folder)])
+    main()
+    assert "base, head initialised (seed 42)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("hashes", "status", "line"),
     [
