@@ -68,16 +68,18 @@ def train_and_save(trainer: RewardModelTrainer) -> None:
         trainer.save_state()
     if trainer.is_world_process_zero():
         write_results(trainer.args.output_dir, "train", metrics)
-        logger.info("model and results: %s", trainer.args.output_dir)
 
 
 def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset]) -> dict[str, dict[str, float]]:
     """Evaluates each set under its own name and writes the results; returns {name: metrics}."""
+    from transformers import PrinterCallback
+
     from apo.figures import save_calibration
-    from apo.run_files import write_results
+    from apo.run_files import format_results, write_results
     from trainer import calibration_curve
 
     args = trainer.args
+    trainer.remove_callback(PrinterCallback)  # the table says it in less
     origin = trainer.model.head_origin
     random_head = {"reward_head": origin} if origin.startswith("init") and not args.do_train else {}
     results = {}
@@ -93,6 +95,7 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
     if trainer.is_world_process_zero():
         write_json(os.path.join(args.output_dir, "final_eval_results.json"), results)
         write_results(args.output_dir, "eval", random_head | {k: v for r in results.values() for k, v in r.items()})
+        print(format_results({os.path.basename(os.path.normpath(args.output_dir)): results}, args.calibration_bins[0]))
     return results
 
 
@@ -161,7 +164,7 @@ def run(stack: contextlib.ExitStack) -> None:
     # ---- where training starts
     if args.deepspeed:
         prepare_deepspeed(args.device.type)
-    version = model_version(model_path, getattr(config, "_commit_hash", None))
+    version = model_version(model_path, getattr(config, "_commit_hash", None)) if args.process_index == 0 else None
     depends_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings), "dtype": model_args.dtype}
     depends_on["num_processes"] = args.world_size
     if args.do_train:
@@ -220,6 +223,7 @@ def run(stack: contextlib.ExitStack) -> None:
         if args.do_train and is_main:
             plot_training_curves(args.output_dir, trainer.state.log_history)
             write_model_card(args.output_dir, model_path, asdict(settings), results)
+            print(f"model and results: {args.output_dir}; train.py --task_type inference scores with this model")
     trainer.end()
 
 

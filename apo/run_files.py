@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apo.cli import InputError, replacing, sha256_of_file, write_json
+from apo.statistics import wilson_interval
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
 MARKDOWN_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", "\n": " ", "\r": " "} | {c: f"\\{c}" for c in "\\`|*["})
@@ -35,6 +36,27 @@ def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_text_
         rule = "-" * width if is_text else "-" * (width - 1) + ":"
         columns.append([f"{cell:{'<' if is_text else '>'}{width}}" for cell in (cells[0], rule, *cells[1:])])
     return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
+
+
+def format_results(results: dict[str, dict[str, dict[str, float]]], bins: int = 10) -> str:
+    """Returns the table of {run: {evaluation set: {metric: value}}}: one set after another, each with all its runs."""
+    columns = ("evaluation set", "run", "accuracy %", "95 % interval", "pairs", "ties", "margin", f"ECE, {bins} bins")
+    names = dict.fromkeys(name for sets in results.values() for name in sets)
+    of_sets = [(name, run, sets[name]) for name in names for run, sets in results.items() if name in sets]
+    return format_table(columns, [_format_row(*row, bins) for row in of_sets], num_text_columns=2)
+
+
+def _format_row(name: str, run: str, metrics: dict[str, float], bins: int) -> tuple[str, ...]:
+    """One row of the table; "-" where the run did not measure a value."""
+    found = {key.removeprefix(f"eval_{name}_"): value for key, value in metrics.items()}
+    num_pairs = found.get("pairs", 0)
+    if not num_pairs:
+        return (name, run, "-", "-", "0", "-", "-", "-")
+    accuracy = found["accuracy"]
+    interval = "{:.1f} to {:.1f}".format(*(100 * bound for bound in wilson_interval(accuracy, num_pairs)))
+    ece = found.get(f"calibration_ECE_bin{bins}")
+    last = (f"{found['margin']:.3f}", "-" if ece is None else f"{ece:.3f}")
+    return (name, run, f"{100 * accuracy:.1f}", interval, str(num_pairs), str(found["ties"]), *last)
 
 
 def git_commit() -> str:
@@ -76,14 +98,7 @@ def write_results(output_dir: str, split: str, metrics: dict[str, Any]) -> None:
 
 def write_model_card(output_dir: str, base_model: str, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """Writes `README.md`: what the model is, how to score with it, its settings and its metrics."""
-    formats = {"accuracy": ".4f", "pairs": ".0f", "margin": ".4f", "loss": ".4f"}
-    rows = [
-        (name, *(f"{metrics[f'eval_{name}_{key}']:{spec}}" for key, spec in formats.items()))
-        for name, metrics in results.items()
-        if f"eval_{name}_accuracy" in metrics
-    ]
     settings_table = format_table(("setting", "value"), [(name, str(settings[name])) for name in settings], 2)
-    metrics_table = format_table(("evaluation set", *formats), rows)
     card = f"""---
 library_name: transformers
 tags: [reward-model, preference-learning, adversarial-preference-optimization]
@@ -97,7 +112,7 @@ Scoring: `python train.py --task_type inference --model_name_or_path MODEL_FOLDE
 
 {settings_table}
 
-{metrics_table}
+{format_results({"this model": results})}
 """
     with replacing(Path(output_dir) / "README.md") as temporary:
         temporary.write_text(card, encoding="utf-8")

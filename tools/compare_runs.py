@@ -12,11 +12,8 @@ import logging
 from pathlib import Path
 
 from apo.cli import InputError, OneLineParser, exit_on_input_error, refuse
-from apo.run_files import format_table, read_json
-from apo.statistics import wilson_interval
+from apo.run_files import format_results, read_json
 from reward_datasets import name_datasets
-
-COLUMNS = ("evaluation set", "run", "accuracy %", "95 % interval", "pairs", "ties", "margin")
 
 
 def read_results(run_dir: str) -> dict[str, dict[str, float]]:
@@ -53,25 +50,6 @@ def check_same_data(name: str, hashes: dict[str, str | None], allow_changes: boo
         refuse(f"{name}: expected the same data in all runs, found {found}", allow_changes or len(known) < 2)
 
 
-def format_row(name: str, run: str, metrics: dict[str, float], bins: int) -> tuple[str, ...]:
-    """One row of the table; "-" where the run did not measure a value."""
-    found = {key.removeprefix(f"eval_{name}_"): value for key, value in metrics.items()}
-    num_pairs = found.get("pairs", 0)
-    if not num_pairs:
-        return (name, run, "-", "-", "0", "-", "-", "-")
-    accuracy = found["accuracy"]
-    interval = "{:.1f} to {:.1f}".format(*(100 * bound for bound in wilson_interval(accuracy, num_pairs)))
-    ece = found.get(f"calibration_ECE_bin{bins}")
-    last = (f"{found['margin']:.3f}", "-" if ece is None else f"{ece:.3f}")
-    return (name, run, f"{100 * accuracy:.1f}", interval, str(num_pairs), str(found["ties"]), *last)
-
-
-def compare(results: dict[str, dict[str, dict[str, float]]], bins: int) -> list[tuple[str, ...]]:
-    """Rows of the table, from {run: {set: {metric: value}}}: one set after another, each with all its runs."""
-    names = dict.fromkeys(name for sets in results.values() for name in sets)
-    return [format_row(name, run, sets[name], bins) for name in names for run, sets in results.items() if name in sets]
-
-
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = OneLineParser(description=__doc__)
@@ -91,8 +69,7 @@ def main() -> None:
     for name in dict.fromkeys(name for sets in results.values() for name in sets):
         hashes = {run: find_hash(run_dirs[run], name) for run in results if name in results[run]}
         check_same_data(name, hashes, args.allow_changes)
-    rows = compare({run + head_mark(run_dirs[run]): sets for run, sets in results.items()}, args.bins)
-    print(format_table((*COLUMNS, f"ECE, {args.bins} bins"), rows, num_text_columns=2))
+    print(format_results({run + head_mark(run_dirs[run]): sets for run, sets in results.items()}, args.bins))
 
 
 if __name__ == "__main__":

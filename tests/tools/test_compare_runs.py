@@ -7,7 +7,8 @@ import pytest
 from conftest import run_tool, write_records
 
 from apo.cli import InputError
-from tools.compare_runs import compare, format_row, main, read_results
+from apo.run_files import format_results
+from tools.compare_runs import main, read_results
 
 
 def metrics_of(name: str, accuracy: float, pairs: int, **extra: float) -> dict[str, float]:
@@ -20,29 +21,33 @@ def write_run(folder: Path, results: object) -> Path:
     return folder
 
 
+def cells_of(results: dict, bins: int = 10) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in format_results(results, bins).splitlines()[2:]
+    ]
+
+
 def test_runs_are_grouped_by_evaluation_set():
     """Set a was evaluated by both runs, b by the second only."""
     results = {
         "base": {"a.json": metrics_of("a.json", 0.5, 10)},
         "apo": {"a.json": metrics_of("a.json", 0.6, 10), "b.json": metrics_of("b.json", 0.7, 10)},
     }
-    rows = compare(results, bins=10)
-    assert [row[:3] for row in rows] == [
-        ("a.json", "base", "50.0"),
-        ("a.json", "apo", "60.0"),
-        ("b.json", "apo", "70.0"),
+    assert [row[:3] for row in cells_of(results)] == [
+        ["a.json", "base", "50.0"],
+        ["a.json", "apo", "60.0"],
+        ["b.json", "apo", "70.0"],
     ]
 
 
 def test_ece_of_the_chosen_bins_is_shown_if_it_was_measured():
-    metrics = metrics_of("a.json", 0.5, 10, calibration_ECE_bin5=0.04321, calibration_ECE_bin10=0.1)
-    assert format_row("a.json", "base", metrics, 5)[-1] == "0.043"
-    assert format_row("a.json", "base", metrics, 20)[-1] == "-"
+    run = {"base": {"a.json": metrics_of("a.json", 0.5, 10, calibration_ECE_bin5=0.04321, calibration_ECE_bin10=0.1)}}
+    assert [cells_of(run, bins)[0][-1] for bins in (5, 20)] == ["0.043", "-"]
 
 
 def test_set_without_a_pair_has_no_accuracy():
-    row = format_row("a.json", "base", {"eval_a.json_pairs": 0, "eval_a.json_mean_reward": 0.1}, 10)
-    assert row[2:4] == ("-", "-")
+    [row] = cells_of({"base": {"a.json": {"eval_a.json_pairs": 0, "eval_a.json_mean_reward": 0.1}}})
+    assert row[2:4] == ["-", "-"]
 
 
 def test_runs_of_the_same_name_get_different_labels(tmp_path, monkeypatch, capsys):
