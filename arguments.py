@@ -130,7 +130,7 @@ class RewardTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = HfArg(default=False, help="No effect: a loss that is not finite ends the run.")
     debug_mode: bool = HfArg(default=False, help="Use the first 64 records of each file only.")
     allow_changes: bool = HfArg(
-        default=False, help="Resume although data or flags differ from those of the checkpoint."
+        default=False, help="Resume from a checkpoint of other data or flags; replace the rewards of another model."
     )
     eval_strategy: str = HfArg(
         default="no", aliases=["--evaluation_strategy"], help="When to evaluate: no, steps or epoch."

@@ -40,9 +40,9 @@ class Terminated(KeyboardInterrupt):
 
 
 def refuse(difference: str, allowed: bool) -> None:
-    """Raises an InputError for inputs that do not belong together; with --allow_other_data it is a warning."""
+    """Raises an InputError for inputs that do not belong together; with --allow_changes it is a warning."""
     if not allowed:
-        raise InputError(f"{difference}, or allow it by --allow_other_data")
+        raise InputError(f"{difference}, or accept it with --allow_changes")
     logger.warning(difference)
 
 
@@ -131,20 +131,15 @@ def at_least(least: float) -> Callable[[str], float]:
     return parse
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def publish(temporary: Path, path: Path) -> None:
     """Renames a complete file; its bytes are on the disk before, the new name after."""
-    _fsync(temporary)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
     with contextlib.suppress(OSError):  # some file systems cannot do it for a folder
-        _fsync(path.parent)
+        os.fsync(folder)
+    os.close(folder)
 
 
 @contextlib.contextmanager
@@ -185,7 +180,7 @@ def locked(path: str | Path, *, wait: bool) -> Iterator[None]:
         logger.warning("waiting for %s, held by %s", file, holder)
         lock.acquire()
     except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error}); give another place") from error
+        raise InputError(f"{file}: cannot be written ({error.strerror}); give another place") from error
     with contextlib.suppress(OSError):
         file.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     try:

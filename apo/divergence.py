@@ -80,12 +80,6 @@ class GuardedTrainer(Trainer):
             )
         return grad_norm
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuses a checkpoint that lacks weights, where transformers warns, or that holds NaN."""
-        if missing := sorted(set(load_result.missing_keys) - set(self.model.all_tied_weights_keys)):
-            raise InputError(f"the checkpoint lacks {len(missing)} weights ({first_few(missing)}); give a whole one")
-        refuse_non_finite("the checkpoint", self.model.state_dict())
-
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Saves finite weights only."""
         refuse_non_finite(f"{output_dir}: not saved", state_dict or self.model.state_dict())

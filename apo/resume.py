@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from apo.cli import InputError, first_few, sha256_of_file, write_json
+from apo.run_state import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +34,7 @@ def model_version(path: str, commit: str | None) -> str | None:
 
 def read_recorded(result_path: Path) -> dict[str, Any]:
     """Returns what a result was made from, as its settings file records it; empty where that cannot be read."""
-    try:
-        recorded = json.loads(result_path.with_suffix(".settings.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return recorded if isinstance(recorded, dict) else {}
+    return read_json_object(result_path.with_suffix(".settings.json"))
 
 
 def refuse_overwriting(data_path: str | Path, result_path: Path) -> None:
@@ -167,7 +164,6 @@ def complete_items(
     """Does the work that earlier runs have not done, keeps each finished item, and writes the result.
 
     Processes that share the items do not wait for each other: the one that finds all of them done writes the result.
-    Read `done` and call it while `store.lock_path` is locked.
 
     Args:
         items: all items by key, in order.

@@ -58,7 +58,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file; an empty one if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -13,6 +13,7 @@ import argparse
 import functools
 import logging
 import multiprocessing
+import signal
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -102,7 +103,8 @@ def tokenize(
     if template == "chat":
         render = functools.partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
         try:
-            with multiprocessing.get_context("fork").Pool(1) as pool:  # a template is a program, and may not end
+            default = (signal.SIGTERM, signal.SIG_DFL)  # a template is a program, and may not end; this kills it
+            with multiprocessing.get_context("fork").Pool(1, signal.signal, default) as pool:
                 texts = pool.imap(render, rendered)
                 rendered = [texts.next(TEMPLATE_SECONDS) for _ in rendered]
         except Exception as error:  # it can raise anything

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate.utils import broadcast_object_list
 from transformers.trainer_callback import ProgressCallback
 
-from apo.cli import InputError, locked
+from apo.cli import InputError, locked, refuse
 from apo.resume import Keep, ResultStore, complete_items, read_recorded
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def score_dataset(trainer: Trainer, dataset: Dataset, path: Path, settings: dict
     Args:
         trainer: with `eval_batches` and `predict_batches`; all processes call this function together.
         dataset: the responses, as `load_preference_dataset` returns them.
-        path: the file to write; an old one is replaced at the end, if it is of the same model.
+        path: the file to write; an old one is replaced at the end, that of another model if it is allowed.
         settings: all that the rewards depend on.
     """
     batches = trainer.eval_batches(dataset)
@@ -78,7 +78,7 @@ def score_dataset(trainer: Trainer, dataset: Dataset, path: Path, settings: dict
     with locked(store.lock_path, wait=False):
         if path.exists() and (recorded := read_recorded(path).get("model")) not in (None, settings["model"]):
             found = f"found the rewards of another model, {recorded}, expected those of {settings['model']}"
-            raise InputError(f"{path}: {found}; give another --data_suffix or --output_dir, or delete the file")
+            refuse(f"{path}: {found}; give another --data_suffix or --output_dir", trainer.args.allow_changes)
         complete_items(
             store,
             {str(number): batch for number, batch in enumerate(batches)},

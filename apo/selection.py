@@ -106,7 +106,7 @@ def load_scored_prompts(data_path: Path, score_path: Path, response_keys: Iterab
     return prompts
 
 
-def check_origin(data_path: Path, score_path: Path, allow_other_data: bool) -> dict[str, Any]:
+def check_origin(data_path: Path, score_path: Path, allow_changes: bool) -> dict[str, Any]:
     """Returns the hashes of data, rewards and reward model; refuses others than are recorded beside the rewards."""
     recorded = read_recorded(score_path)
     if "data_sha256" not in recorded:
@@ -116,7 +116,7 @@ def check_origin(data_path: Path, score_path: Path, allow_other_data: bool) -> d
         now["model"] = model_version(model, None)
     if different := [name for name in now if recorded.get(name, now[name]) != now[name]]:
         found = "; ".join(f"{name} is {now[name]}, recorded is {recorded[name]}" for name in different)
-        refuse(f"{score_path}: not the rewards of {data_path} as it is now: {found}; score it again", allow_other_data)
+        refuse(f"{score_path}: not the rewards of {data_path} as it is now: {found}; score it again", allow_changes)
     return now
 
 

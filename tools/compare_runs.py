@@ -45,12 +45,12 @@ def find_hash(run_dir: str, name: str) -> str | None:
     return next((sha256 for path, sha256 in reversed(files) if f"/{path}".endswith(f"/{name}")), None)
 
 
-def check_same_data(name: str, hashes: dict[str, str | None], allow_other_data: bool) -> None:
+def check_same_data(name: str, hashes: dict[str, str | None], allow_changes: bool) -> None:
     """Refuses results of one name on different files, and warns of results whose files are not known."""
     known = {*hashes.values()} - {None}
     if len(known) > 1 or (None in hashes.values() and len(hashes) > 1):
         found = "; ".join(f"sha256 {sha256 or 'not in the manifest'} in {run}" for run, sha256 in hashes.items())
-        refuse(f"{name}: expected the same data in all runs, found {found}", allow_other_data or len(known) < 2)
+        refuse(f"{name}: expected the same data in all runs, found {found}", allow_changes or len(known) < 2)
 
 
 def format_row(name: str, run: str, metrics: dict[str, float], bins: int) -> tuple[str, ...]:
@@ -77,7 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("run_dirs", nargs="+", help="output folders of runs that evaluated")
     parser.add_argument("--bins", type=int, default=10, help="bins of the calibration error (default: 10)")
-    parser.add_argument("--allow_other_data", action="store_true", help="compare sets of one name on different data")
+    parser.add_argument("--allow_changes", action="store_true", help="compare sets of one name on different data")
     return parser.parse_args()
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     results = {run: read_results(path) for run, path in run_dirs.items()}
     for name in dict.fromkeys(name for sets in results.values() for name in sets):
         hashes = {run: find_hash(run_dirs[run], name) for run in results if name in results[run]}
-        check_same_data(name, hashes, args.allow_other_data)
+        check_same_data(name, hashes, args.allow_changes)
     rows = compare({run + head_mark(run_dirs[run]): sets for run, sets in results.items()}, args.bins)
     print(format_table((*COLUMNS, f"ECE, {args.bins} bins"), rows, num_text_columns=2))
 

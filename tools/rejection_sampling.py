@@ -65,7 +65,7 @@ def parse_args() -> argparse.Namespace:
     add("--response_keys", nargs="+", default=[], help="those of train.py, if the rewards were made with any")
     add("--output_dir", type=Path, default=Path(), help="folder to write to (default: this one)")
     add("--output_file_name", help="names the other files as well (default: <file name of the rewards>_sft.json)")
-    add("--allow_other_data", action="store_true", help="take rewards that were made from other data or another model")
+    add("--allow_changes", action="store_true", help="take rewards that were made from other data or another model")
     add("--to_pairs", action="store_true", help="also write pairs of best over worst (DPO) and all responses (RRHF)")
     return parser.parse_args()
 
@@ -79,7 +79,7 @@ def main() -> None:
     outputs = name_outputs(args.output_dir, args.output_file_name, score_path, args.to_pairs)
 
     scored = selection.load_scored_prompts(args.data_path, score_path, args.response_keys)
-    hashes = selection.check_origin(args.data_path, score_path, args.allow_other_data)
+    hashes = selection.check_origin(args.data_path, score_path, args.allow_changes)
     prompts = [prompt for prompt in scored if prompt.candidates]
     empty = [prompt.query_id for prompt in scored if not prompt.candidates]
     if not prompts:

@@ -4,11 +4,9 @@ import math
 
 import pytest
 import torch
-from conftest import CHECKPOINT, E2E, copy_checkpoint, load_model, read_json, run_main, run_train
+from conftest import CHECKPOINT, E2E, copy_checkpoint, read_json, run_main, run_train
 from safetensors.torch import load_file, save_file
 
-from apo.cli import InputError
-from arguments import RewardTrainingArguments
 from trainer import RewardModelTrainer
 
 RUN = {"model_name_or_path": CHECKPOINT, "do_train": True, "train_data_path": E2E / "train.json", "use_cpu": True}
@@ -104,26 +102,6 @@ def test_weights_that_became_infinite_in_the_last_step_are_not_saved(error_of, t
     monkeypatch.setattr(RewardModelTrainer, "train", break_weights)
     assert "not saved: 1 of" in error_of(**RUN, output_dir=tmp_path)
     assert not (tmp_path / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("damage", ["missing", "nan"])
-def test_checkpoint_without_a_weight_or_with_nan_is_not_resumed(tmp_path, damage):
-    """transformers would leave the weight as it was before, with a warning."""
-    model, _ = load_model()
-    args = RewardTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    trainer = RewardModelTrainer(model=model, args=args)
-    model.save_pretrained(tmp_path)
-    trainer._load_from_checkpoint(str(tmp_path))
-    weights = load_file(tmp_path / "model.safetensors")
-    weight = weights.pop("reward_head.weight")
-    weights |= {"reward_head.weight": weight * math.nan} if damage == "nan" else {}
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    message = {
-        "missing": r"lacks 1 weights \(reward_head",
-        "nan": r"1 of \d+ weights are NaN or infinite \(reward_head",
-    }
-    with pytest.raises(InputError, match=message[damage]):
-        trainer._load_from_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize("flags, few", [({"dtype": "bfloat16", "learning_rate": 1e-6}, True), ({}, False)])

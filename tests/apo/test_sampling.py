@@ -1,6 +1,7 @@
 """Seeded sampling: each response has its own random stream and depends on no other."""
 
 import argparse
+import signal
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from conftest import load_model, make_bpe_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StopStringCriteria
 
 from apo import sampling
-from apo.cli import InputError
+from apo.cli import InputError, raise_interrupt
 from apo.generation import Decoding
 from apo.prompts import Prompt
 from apo.sampling import (
@@ -203,12 +204,16 @@ def test_chat_template_is_the_tokenizers_own():
         "{{ 1 / 0 }}",
     ],
 )
-def test_template_that_does_not_end_or_fails_is_one_line(template, monkeypatch):
+def test_template_that_does_not_end_or_fails_is_one_line(template, monkeypatch, capfd):
+    """Also where SIGTERM, which ends the process of the template, is handled."""
     monkeypatch.setattr(sampling, "TEMPLATE_SECONDS", 1)
+    before = signal.signal(signal.SIGTERM, raise_interrupt)
     tokenizer = make_bpe_tokenizer(["<|bos|>", "<|eos|>"])
     tokenizer.chat_template = template
     with pytest.raises(InputError, match=r"template refuses a prompt \((TimeoutError|division by zero)\), .* 1 s"):
         tokenize(tokenizer, [[{"role": "user", "content": "Why?"}]], "chat", 64)
+    signal.signal(signal.SIGTERM, before)
+    assert capfd.readouterr().err == ""
 
 
 def test_llama_2_chat_turns_hold_bos_and_eos(base_llama):

@@ -134,6 +134,8 @@ def test_rewards_of_another_model_are_not_replaced(samples, undisturbed, tmp_pat
         run_main(**flags(samples, tmp_path))
     assert "found the rewards of another model, other, expected those of" in capsys.readouterr().err
     assert scores_file(tmp_path).read_bytes() == undisturbed
+    run_main(**flags(samples, tmp_path), allow_changes=True)
+    assert read_json(scores_file(tmp_path).with_suffix(".settings.json"))["model"] != "other"
 
 
 def test_second_run_into_the_same_file_is_refused(samples, tmp_path, capsys):

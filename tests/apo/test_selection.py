@@ -220,7 +220,7 @@ def test_rewards_of_what_was_changed_since_are_refused_unless_allowed(tmp_path, 
     write_records(tmp_path / "rewards.settings.json", recorded)
     assert check_origin(data, rewards, False).items() <= recorded.items() and caplog.text == ""
     write_records(tmp_path / changed, [0])
-    with pytest.raises(InputError, match=f"not the rewards of .*: {name} is .*, or allow it by --allow_other_data"):
+    with pytest.raises(InputError, match=f"not the rewards of .*: {name} is .*, or accept it with --allow_changes"):
         check_origin(data, rewards, False)
     check_origin(data, rewards, True)
     assert f"not the rewards of {data} as it is now: {name} is" in caplog.text

@@ -81,7 +81,7 @@ def test_sets_of_one_name_are_the_same_data(tmp_path, hashes, status, line):
     folders = sorted(tmp_path.iterdir())
     done = run_tool("compare_runs.py", *folders, exit_status=status)
     assert line in done.stderr and len(done.stderr.splitlines()) == (1 if line else 0)
-    assert "a.json" in run_tool("compare_runs.py", *folders, "--allow_other_data").stdout
+    assert "a.json" in run_tool("compare_runs.py", *folders, "--allow_changes").stdout
 
 
 def test_missing_results_end_in_one_line(tmp_path):

@@ -124,8 +124,8 @@ def test_rewards_of_other_data_are_refused_unless_allowed(files, run_main, tmp_p
     write_records(rewards.with_suffix(".settings.json"), {"data_sha256": "0"})
     flags = ["--data_path", data, "--score_path", rewards, "--output_dir", tmp_path / "out"]
     assert run_main(*flags) == 2 and not (tmp_path / "out").exists()
-    assert "recorded is 0; score it again, or allow it by --allow_other_data" in capsys.readouterr().err
-    assert run_main(*flags, "--allow_other_data") == 0
+    assert "recorded is 0; score it again, or accept it with --allow_changes" in capsys.readouterr().err
+    assert run_main(*flags, "--allow_changes") == 0
 
 
 def test_input_is_never_replaced(files, run_main, capsys):
