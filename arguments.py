@@ -136,7 +136,7 @@ class RewardTrainingArguments(TrainingArguments):
         default="no", aliases=["--evaluation_strategy"], help="When to evaluate: no, steps or epoch."
     )
     remove_unused_columns: bool = HfArg(default=False, help="No effect: the columns of the data are fixed.")
-    include_num_input_tokens_seen: str = HfArg(
+    include_num_input_tokens_seen: Literal["non_padding", "all", "no"] = HfArg(
         default="non_padding", help="Tokens to count in the log: non_padding, all or no."
     )
 

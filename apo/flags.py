@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import sys
@@ -39,7 +40,8 @@ REFUSED = {
     "each data set has its column of lengths": "length_column_name",
     "scoring is --task_type inference": "do_predict",
     "the run ends at the first loss that is not finite anyway": "debug",
-    "untested here; give --deepspeed": "fsdp fsdp_config parallelism_config optim_target_modules",
+    "untested here; give --deepspeed": "fsdp fsdp_config parallelism_config",
+    "its optimizers are untested here": "optim_target_modules",
     "upload the output folder with `hf upload`": "push_to_hub hub_token hub_private_repo hub_model_id hub_revision "
     "hub_strategy hub_always_push",
     "every batch has another shape": "torch_compile torch_compile_backend torch_compile_mode",
@@ -79,6 +81,7 @@ def check_flags(group: Any) -> None:
 def check_packages(args: RewardTrainingArguments) -> None:
     """Refuses a tracker, optimizer or schedule that transformers could not build once the model is loaded."""
     import torch
+    from torch.utils.checkpoint import checkpoint
     from transformers import Trainer, get_scheduler
     from transformers.integrations import get_available_reporting_integrations
 
@@ -86,11 +89,19 @@ def check_packages(args: RewardTrainingArguments) -> None:
         raise InputError(f"--report_to {' '.join(missing)}: no such package is installed; install it, or give none")
     if args.do_train:
         try:
-            Trainer.get_optimizer_cls_and_kwargs(args)
-            optimizer = torch.optim.SGD([torch.zeros(1)])
-            get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, dict(args.lr_scheduler_kwargs or {}))
+            plain = copy.copy(args)
+            plain.optim_args = None
+            built, without = (Trainer.get_optimizer_cls_and_kwargs(flags) for flags in (args, plain))
+            if args.optim_args and built == without:
+                raise ValueError("--optim_args has no effect with it")
+            weight = torch.zeros(1)
+            get_scheduler(
+                args.lr_scheduler_type, torch.optim.SGD([weight]), 1, 2, dict(args.lr_scheduler_kwargs or {})
+            )
+            checkpoint(abs, weight, **{"use_reentrant": False, **(args.activation_checkpointing_kwargs or {})})
         except Exception as error:  # each optimizer and schedule has its own kind
             names = f"--optim {args.optim.value}, --lr_scheduler_type {args.lr_scheduler_type.value}"
+            names += " or --activation_checkpointing_kwargs" * bool(args.activation_checkpointing_kwargs)
             raise InputError(f"{names}: {' '.join(str(error).split())}") from error
 
 
