@@ -12,6 +12,7 @@ from apo.cli import BadField, describe, raise_bad_records
 
 TEMPLATES = ("plain", "llama-2-chat", "chat")
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
+REASONING_TAG = re.compile(r"<(?:seed:)?(?i:think|thinking)>|\[THINK\]")
 TURN = re.compile(rf"\n\n({'|'.join(ROLES)}):")
 # Where a response ends, because the model continues as the user.
 GOLDEN_STOP_STRINGS = ("\nHuman:",)  # "\nHumans need water" is part of a response
@@ -21,6 +22,7 @@ DOUBTS = {  # about a pair, which is read all the same
     "empty_preferred": "an empty response is preferred",
     "repeated_prompts": "all responses begin with the prompt",
     "turns_in_responses": "a response holds a turn of the dialogue, such as \\n\\nHuman:",
+    "reasoning_in_responses": "a response holds reasoning, such as <think>",
 }
 
 
@@ -131,6 +133,7 @@ def find_doubts(prompt: str, responses: list[str], scores: list[float]) -> list[
         "empty_preferred": any(s > worst and not text.strip() for s, text in zip(scores, responses, strict=True)),
         "repeated_prompts": prompt and all(text.lstrip().startswith(prompt) for text in responses),
         "turns_in_responses": prompt and any(map(TURN.search, responses)),
+        "reasoning_in_responses": any(map(REASONING_TAG.search, responses)),
     }
     return [name for name in DOUBTS if found[name]]
 

@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import orjson
 
 from apo.cli import BadField, InputError, describe, raise_bad_records
-from apo.prompts import DOUBTS, ROLES, Prompt, find_doubts, normalize_space
+from apo.prompts import DOUBTS, REASONING_TAG, ROLES, Prompt, find_doubts, normalize_space
 
 logger = logging.getLogger(__name__)
 
@@ -294,6 +294,7 @@ def parse_record(
     responses = [_check_unicode(key, _require(raw, key, "a string", str)) for key in keys]
     record = PreferenceRecord([query] * max(len(keys), 1), responses, [0.0] * len(keys), query_id, keys)
     record.passed_over = _passed_over(raw, ["query", "golden", *keys, *filter(RESPONSE_KEY.fullmatch, raw)])
+    record.doubts = ["reasoning_in_responses"] * any(map(REASONING_TAG.search, responses))
     return record
 
 

@@ -178,12 +178,16 @@ def test_doubts_about_records_are_counted(tmp_path, caplog):
         pair("Why?", "Why? So.", "Why? No."),
         turn,
         {"chosen": "b", "rejected": "c"},
+        pair("Why?", "<think>Hm.</think> So.", " No."),
     ]
     found = read(tmp_path, pair("Why?", " So.", ""), pair("Why?", "Why? So.", " No."), *doubtful)
-    names = ["empty_preferred", "repeated_prompts", "turns_in_responses", "no_prompt"]
+    names = ["empty_preferred", "repeated_prompts", "turns_in_responses", "no_prompt", "reasoning_in_responses"]
     assert [record.doubts for record in found] == [[], [], *([name] for name in names)]
     [line] = caplog.messages
-    assert line.count("(1)") == 4
+    assert line.count("(1)") == 5
+    golden = {"query_id": "a", "query": "Why?", "golden": "<think>Hm.</think> So."}
+    [record] = load_preference_data(write_records(tmp_path / "golden.json", [golden]), "golden")
+    assert record.doubts == ["reasoning_in_responses"]
 
 
 # ------------------------------------------------------------------------------------------------ validating
