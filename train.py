@@ -170,7 +170,8 @@ def run(stack: contextlib.ExitStack) -> None:
     if args.do_train:
         depends_on = weights_depend_on(args.to_dict(), data_args.train_data_path, args.deepspeed, **depends_on)
         if not start_training(args, depends_on, stack):
-            logger.info("%s: this run has finished before; nothing is left to do", args.output_dir)
+            if args.process_index == 0:
+                print(f"{args.output_dir}: this run has finished before; nothing is left to do")
             return
 
     # ---- model

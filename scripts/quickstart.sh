@@ -14,6 +14,7 @@ bash scripts/setup_env.sh
 
 echo "[2/5] golden-over-sampled pairs from the golden and sampled responses of data/sample (5 s)"
 mkdir -p $out
+rm -rf $out/rm_base $out/rm_apo  # a finished run would not be repeated
 APO_DATA=$out/rm_apo_data_v0_text_scores.json bash scripts/convert_apo_data.sh
 GOLDEN=${test_data}_test.golden.json SAMPLES=${test_data}_test_llm_v0.sample.json \
     APO_DATA=$out/golden_over_sampled_text_scores.json bash scripts/convert_apo_data.sh
