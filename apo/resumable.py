@@ -37,20 +37,26 @@ class ResumableTrainer(Trainer):
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # older ones go last
         with saving(folder):
-            if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+            if self.args.should_save and folder.exists():
+                shutil.rmtree(folder)  # of a run that was killed
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
             write_json(self._progress_path(folder), self._progress())
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 record_checkpoint(folder, self.depends_on)
-                rotate_checkpoints(self.args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+            self.accelerator.wait_for_everyone()  # torchrun stops all when the first one ends
         self.args.save_total_limit = limit
+        self._delete_old_checkpoints()
         if self._interruption.signum:
             how = "the same command with --resume_from_checkpoint true goes on"
             step = f"step {self.state.global_step} of {self.state.max_steps}"
             raise_interrupt(self._interruption.signum, line=f"after {step}, saved in {folder}; {how}")
+
+    def _delete_old_checkpoints(self) -> None:
+        if self.args.should_save:
+            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
+            rotate_checkpoints(self.args.output_dir, limit, best, use_mtime=True)
 
     def _progress_path(self, checkpoint: str | Path) -> Path:
         return Path(checkpoint, f"progress_{self.args.process_index}.json")
@@ -98,6 +104,7 @@ class ResumableTrainer(Trainer):
             self.control.should_training_stop = True  # resumed from the last step, within an epoch
 
     def _finalize_training(self, trial: None, num_train_samples: int, start_time: float) -> TrainOutput:
+        self._delete_old_checkpoints()  # of a run that was killed among them
         return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -316,12 +316,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     [
         ("open", "checkpoint-20/trainer_state.json"),
         ("os.rename", "checkpoint-20/contents.json"),
+        ("shutil.rmtree", "checkpoint-30"),
         ("open", "out/config.json"),
         ("os.rename", "out/final_eval_results.json"),
     ],
 )
 def test_run_killed_while_it_writes_ends_after_one_more_start(tmp_path, event, name):
-    """Within a checkpoint, before its record, within the final model, and among the results."""
+    """Within a checkpoint, before its record, before the last old one goes, within the model, among the results."""
     flags = whole_run(tmp_path, resume_from_checkpoint=True, save_total_limit=1)
     command = [
         sys.executable,
