@@ -50,6 +50,7 @@ FINDINGS = {
     "unreadable": "the file cannot be read to its end, or holds something that is not a record",
     "bad_records": "bad records",
     "duplicates": "records with the prompt and the responses of an earlier one",
+    "contradictions": "pairs that an earlier record prefers the other way round",
     "duplicate_ids": "records with the query id of an earlier one",
     "identical_pairs": "pairs of two equal texts",
     "identical_after_truncation": "pairs of two texts that become the same tokens",
@@ -85,7 +86,7 @@ class FileCheck:
     kind: str = "unknown"  # or one of `KINDS`
     findings: Findings = field(default_factory=Findings)
     counts: Counter[str] = field(default_factory=Counter)
-    contents: dict[bytes, str] = field(default_factory=dict)  # hash of prompt and responses -> first place
+    contents: dict[bytes, str] = field(default_factory=dict)  # hash of prompt and responses, of a pair -> first place
     prompts: dict[bytes, str] = field(default_factory=dict)  # hash of the prompt -> first place
     ids: dict[str, str] = field(default_factory=dict)  # query id -> first place; not of pairs, whose ids may repeat
     lengths: dict[str, array] = field(default_factory=lambda: {name: array("q") for name in LENGTHS})
@@ -142,8 +143,11 @@ def check_texts(check: FileCheck, place: str, record: PreferenceRecord) -> None:
     pairs = preferred_pairs(record.scores)
     check.counts.update(pairs=len(pairs), tied_pairs=math.comb(len(texts), 2) - len(pairs), tied_items=not pairs)
     for i, j in pairs:
+        check.contents.setdefault(digest([texts[i], texts[j], ">"]), place)
         if texts[i] == texts[j]:
             check.findings.add("identical_pairs", f"{place}: responses {i + 1} and {j + 1}")
+        elif opposite := check.contents.get(digest([texts[j], texts[i], ">"])):
+            check.findings.add("contradictions", f"{place} prefers the opposite of {opposite}")
         length, other = len(record.responses[i]), len(record.responses[j])
         check.counts["longer_preferred"] += length > other
         check.counts["shorter_preferred"] += length < other

@@ -121,12 +121,14 @@ def test_broken_file_is_a_finding(tmp_path, content, records, message):
 
 
 def test_duplicates_have_the_same_prompt_and_set_of_responses(tmp_path):
-    """2 is 1 with its responses exchanged, 4 is 1 under another id: two duplicates; 3 has another prompt."""
+    """2 is 1 with the other response preferred, 4 is 1 under another id: two duplicates; 3 has another prompt."""
     records = [pair(good=" a", bad=" b"), pair(good=" b", bad=" a"), pair("What?", " a", " b")]
     records.append(pair(good=" a", bad=" b", query_id="other"))
     found = check(write_records(tmp_path / "a.json", records))
-    assert counts(found.findings) == {"duplicates": 2}
+    assert counts(found.findings) == {"duplicates": 2, "contradictions": 2}
     assert found.findings["duplicates"]["first"] == ["record 2 is record 1 again", "record 4 is record 1 again"]
+    expected = ["record 2 prefers the opposite of record 1", "record 4 prefers the opposite of record 2"]
+    assert found.findings["contradictions"]["first"] == expected
 
 
 def test_ids_must_be_unique_in_files_of_golden_and_sampled_responses_only(tmp_path):
