@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from apo.cli import exit_on_input_error, sha256_of_file, write_json
 from apo.launch import exit_worker, prepare_deepspeed, set_ranks_of_one_process, setup_logging
-from apo.run_state import choose_start, exclusive, is_finished, recorded_run, saving, weights_depend_on
+from apo.run_state import (
+    choose_start,
+    exclusive,
+    is_finished,
+    recorded_run,
+    refuse_results_of_another,
+    saving,
+    weights_depend_on,
+)
 from reward_datasets import RewardDataCollator, load_preference_dataset, merge_training_data, name_datasets
 
 if TYPE_CHECKING:
@@ -39,7 +47,9 @@ def log_example(dataset: datasets.Dataset, tokenizer: RewardTokenizer) -> None:
         logger.info("example, normalised score %.3f, %d tokens: %r", score, len(ids), tokenizer.decode(ids))
 
 
-def start_training(args: RewardTrainingArguments, depends_on: dict[str, Any], stack: contextlib.ExitStack) -> bool:
+def start_training(
+    args: RewardTrainingArguments, depends_on: dict[str, Any], eval_paths: list[str], stack: contextlib.ExitStack
+) -> bool:
     """Locks the output folder and settles where training starts; returns False if it has finished before.
 
     All processes get the same decision, that of the main one.
@@ -49,10 +59,11 @@ def start_training(args: RewardTrainingArguments, depends_on: dict[str, Any], st
     has_finished = start = None
     if args.process_index == 0:
         stack.enter_context(exclusive(args.output_dir))
-        has_finished = is_finished(args.output_dir, depends_on)
+        eval_data = [sha256_of_file(path) for path in eval_paths]
+        has_finished = is_finished(args.output_dir, depends_on, eval_data)
         if not has_finished:
             start = choose_start(args.output_dir, args.resume_from_checkpoint, depends_on, args.allow_changes)
-            stack.enter_context(recorded_run(args.output_dir, depends_on))
+            stack.enter_context(recorded_run(args.output_dir, depends_on, eval_data))
     has_finished, args.resume_from_checkpoint = broadcast_object_list([has_finished, start])
     args.eval_on_start &= args.resume_from_checkpoint is None
     return not has_finished
@@ -165,14 +176,18 @@ def run(stack: contextlib.ExitStack) -> None:
     if args.deepspeed:
         prepare_deepspeed(args.device.type)
     version = model_version(model_path, getattr(config, "_commit_hash", None)) if args.process_index == 0 else None
-    depends_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings), "dtype": model_args.dtype}
-    depends_on["num_processes"] = args.world_size
+    rewards_depend_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings)}
+    depends_on: dict[str, Any] = {}
     if args.do_train:
-        depends_on = weights_depend_on(args.to_dict(), data_args.train_data_path, args.deepspeed, **depends_on)
-        if not start_training(args, depends_on, stack):
+        more = {**rewards_depend_on, "dtype": model_args.dtype, "num_processes": args.world_size}
+        paths = data_args.train_data_path, data_args.eval_data_path
+        depends_on = weights_depend_on(args.to_dict(), *paths, **more)
+        if not start_training(args, depends_on, paths[1], stack):
             if args.process_index == 0:
                 print(f"{args.output_dir}: this run has finished before; nothing is left to do")
             return
+    elif args.task_type != "inference":
+        refuse_results_of_another(args.output_dir, model_path)
 
     # ---- model
     dtype = getattr(torch, model_args.dtype)
@@ -212,8 +227,7 @@ def run(stack: contextlib.ExitStack) -> None:
     if args.do_train:
         train_and_save(trainer)
     if args.task_type == "inference":
-        rewards_depend_on = {"model": version, "model_name_or_path": model_path, "tokenizer": tokenizer.fingerprint}
-        rewards_depend_on |= asdict(settings)
+        rewards_depend_on |= {"model_name_or_path": model_path}
         rewards_depend_on |= {"dtype": [model_args.dtype, str(compute_dtype)], "deepspeed": bool(args.deepspeed)}
         rewards_depend_on |= {"attention": [attention, model_args.padding_side], "data_type": data_args.data_type}
         for name, path in data_paths.items():

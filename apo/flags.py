@@ -35,7 +35,8 @@ RANGES = {
 REFUSED = {
     "a batch of items with several responses cannot be split or dispatched": "accelerator_config",
     "it would change the batch size, and so the result; lower --per_device_train_batch_size": "auto_find_batch_size",
-    "a run that it ends looks finished; give --save_steps": "enable_jit_checkpoint",
+    "SIGTERM saves a checkpoint anyway": "enable_jit_checkpoint",
+    "a resumed run would not see the data of a whole one": "ignore_data_skip",
     "the preference losses have no smoothing": "label_smoothing_factor",
     "each data set has its column of lengths": "length_column_name",
     "scoring is --task_type inference": "do_predict",

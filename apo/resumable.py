@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import shutil
 import signal
 import time
@@ -16,9 +16,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from apo.cli import InputError, raise_interrupt, write_json
-from apo.run_state import read_json_object, record_checkpoint, saving
-
-logger = logging.getLogger(__name__)
+from apo.launch import process_rank
+from apo.run_state import find_fault, read_json_object, record_checkpoint, saving
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -48,10 +47,10 @@ class ResumableTrainer(Trainer):
             self.accelerator.wait_for_everyone()  # torchrun stops all when the first one ends
         self.args.save_total_limit = limit
         self._delete_old_checkpoints()
-        if self._interruption.signum:
+        if self._interruption.agreed:
             how = "the same command with --resume_from_checkpoint true goes on"
             step = f"step {self.state.global_step} of {self.state.max_steps}"
-            raise_interrupt(self._interruption.signum, line=f"after {step}, saved in {folder}; {how}")
+            raise_interrupt(self._interruption.agreed, line=f"after {step}, saved in {folder}; {how}")
 
     def _delete_old_checkpoints(self) -> None:
         if self.args.should_save:
@@ -104,6 +103,11 @@ class ResumableTrainer(Trainer):
             self.control.should_training_stop = True  # resumed from the last step, within an epoch
 
     def _finalize_training(self, trial: None, num_train_samples: int, start_time: float) -> TrainOutput:
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+            if fault := find_fault(best):
+                raise InputError(f"{best}, the best checkpoint, cannot be loaded: {fault}; restore it, or train again")
+            self.state.best_model_checkpoint = str(best)
         self._delete_old_checkpoints()  # of a run that was killed among them
         return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
 
@@ -120,12 +124,14 @@ class Interruption(TrainerCallback):
 
     def __init__(self, trainer: ResumableTrainer) -> None:
         self._trainer = trainer
-        self.signum = 0
+        self._signum = 0  # that reached this process
+        self.agreed = 0  # that reached any, at the end of the step
+        self._save_later = False
 
     def _handle(self, signum: int, frame: Any) -> None:
-        if not self.signum:
-            logger.info("%s: a checkpoint is saved after this step", signal.Signals(signum).name)
-        self.signum = signum
+        if not self._signum and not process_rank():
+            os.write(2, f"{signal.Signals(signum).name}: a checkpoint is saved after this step\n".encode())  # no lock
+        self._signum = signum
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Takes over both signals."""
@@ -134,13 +140,23 @@ class Interruption(TrainerCallback):
             signal.signal(signum, self._handle)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Asks for a checkpoint if a signal has reached any process."""
+        """Asks for a checkpoint if a signal has reached any process; at the end of an epoch, after its evaluation."""
+        self.agreed = self._signum
         if args.world_size > 1:
-            signum = torch.tensor(self.signum, device=args.device)
-            self.signum = int(self._trainer.accelerator.reduce(signum, "max"))
-        control.should_save |= bool(self.signum)
+            signum = torch.tensor(self._signum, device=args.device)
+            self.agreed = int(self._trainer.accelerator.reduce(signum, "max"))
+        is_last = control.should_training_stop or float(state.epoch).is_integer()
+        should_save = control.should_save or bool(self.agreed)
+        self._save_later, control.should_save = should_save and is_last, should_save and not is_last
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Asks for the checkpoint of the last step of the epoch: before it, a resume would miss the evaluation."""
+        control.should_save |= self._save_later
+        self._save_later = False
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Gives both signals back."""
+        """Gives both signals back; one that came after the last step ends the run now."""
         for signum in SIGNALS:
             signal.signal(signum, raise_interrupt)
+        if self._signum:
+            raise_interrupt(self._signum)

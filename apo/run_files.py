@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from apo.cli import InputError, replacing, sha256_of_file, write_json
+from apo.run_state import read_json_object
 from apo.statistics import wilson_interval
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
@@ -83,15 +84,15 @@ def write_manifest(output_dir: str, arguments: dict[str, Any], data_paths: list[
         **{name: arguments.get(name) for name in ("task_type", "model_name_or_path")},
     }
     path = Path(output_dir) / "manifest.json"
-    earlier = read_json(path) if path.is_file() else {"runs": []}
-    write_json(path, {**manifest, "runs": [*earlier.get("runs", [earlier]), manifest]})
+    earlier = read_json_object(path)
+    write_json(path, {**manifest, "runs": [*earlier.get("runs", [earlier] * bool(earlier)), manifest]})
 
 
 def write_results(output_dir: str, split: str, metrics: dict[str, Any]) -> None:
     """Writes `<split>_results.json` and merges it into `all_results.json`."""
     write_json(Path(output_dir) / f"{split}_results.json", metrics)
     combined = Path(output_dir) / "all_results.json"
-    earlier = read_json(combined) if combined.is_file() else {}
+    earlier = read_json_object(combined)
     earlier.pop("reward_head", None)  # a mark on the results of an earlier model
     write_json(combined, {**earlier, **metrics})
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apo.cli import InputError, first_few, locked, sha256_of_file, write_json
+from apo.cli import InputError, first_few, locked, mask_secrets, refuse, sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -32,19 +32,23 @@ NO_WEIGHT_DEPENDS_ON = (
 
 
 def weights_depend_on(
-    arguments: Mapping[str, Any], data_paths: list[str], deepspeed: str | None, **more: Any
+    arguments: Mapping[str, Any], data_paths: list[str], eval_paths: list[str], **more: Any
 ) -> dict[str, Any]:
     """Returns all that the weights at the end of a run depend on, by name, as JSON holds it.
 
     Args:
         arguments: all resolved training arguments.
         data_paths: the training files, in order.
-        deepspeed: path of the DeepSpeed config, of which only the content counts.
+        eval_paths: the evaluation files; they count where the best checkpoint is loaded at the end.
         more: other things, such as the version of the base model.
     """
     flags = {name: value for name, value in arguments.items() if not name.startswith(NO_WEIGHT_DEPENDS_ON)}
     flags |= {"debug_mode": arguments["debug_mode"], "train_data": [sha256_of_file(path) for path in data_paths]}
-    flags["deepspeed"] = json.loads(Path(deepspeed).read_text(encoding="utf-8")) if deepspeed else None
+    if arguments["deepspeed"]:  # only its content counts
+        flags["deepspeed"] = json.loads(Path(arguments["deepspeed"]).read_text(encoding="utf-8"))
+    if arguments["load_best_model_at_end"]:
+        flags |= {name: arguments[name] for name in arguments if name.startswith(("eval_", "save_st"))}
+        flags["eval_data"] = [sha256_of_file(path) for path in eval_paths]
     return json.loads(json.dumps({**flags, **more}, default=str))
 
 
@@ -80,9 +84,12 @@ def find_fault(folder: str | Path, patterns: tuple[str, ...] = ("*",)) -> str:
         patterns: of the names to compare. A folder without a record has no fault, unless all files are asked for.
     """
     recorded = read_json_object(Path(folder, CONTENTS)) or read_json_object(Path(folder, STATE))
-    if not isinstance(recorded.get("files"), dict):
-        return f"it is incomplete (no {CONTENTS})" if patterns == ("*",) else ""
-    for name, sha256 in recorded["files"].items():
+    files, is_checkpoint = recorded.get("files"), patterns == ("*",)
+    if not isinstance(files, dict) or not isinstance(recorded.get("depends_on"), dict):
+        return f"it is incomplete (no {CONTENTS})" if is_checkpoint else ""
+    if is_checkpoint and not any(name.startswith(("optimizer", "global_step")) for name in files):
+        return "it has no state of the optimizer (--save_only_model)"
+    for name, sha256 in files.items():
         path = Path(folder, name)
         if any(path.match(pattern) for pattern in patterns):
             if not path.is_file():
@@ -115,7 +122,9 @@ def choose_start(
         InputError: a new run into the checkpoints of another, a damaged checkpoint, or one of other data or flags.
     """
     checkpoints = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    checkpoints.sort(key=lambda path: int(path.name[11:]))
+    # The newest of this run is last; others may be of a run that this one left with --allow_changes.
+    origins = {path: read_json_object(path / CONTENTS).get("depends_on") for path in checkpoints}
+    checkpoints.sort(key=lambda path: (origins[path] in (None, depends_on), int(path.name[11:])))
     resume = str(resume or "false")
     if resume.lower() == "false":
         if checkpoints:
@@ -125,6 +134,8 @@ def choose_start(
             )
         return None
     if resume.lower() == "true":
+        if checkpoints and not Path(output_dir, STATE).is_file() and not any(origins.values()):
+            raise InputError(f"{output_dir}: its checkpoints are of an earlier version; choose another --output_dir")
         while checkpoints and (fault := find_fault(checkpoints[-1])):
             logger.warning("%s is skipped: %s", checkpoints.pop(), fault)
         if not checkpoints:
@@ -133,19 +144,23 @@ def choose_start(
         checkpoint = checkpoints[-1]
     elif fault := find_fault(checkpoint := Path(resume)):
         raise InputError(f"--resume_from_checkpoint {resume}: {fault}; expected a checkpoint-N that train.py wrote")
-    changes = describe_changes(read_json_object(checkpoint / CONTENTS)["depends_on"], depends_on)
-    if changes and not allow_changes:
-        raise InputError(
-            f"{checkpoint} was trained with {changes}; give the same, or choose another --output_dir, or accept it "
-            "with --allow_changes true"
-        )
-    if changes:
-        logger.warning("%s was trained with %s", checkpoint, changes)
+    if changes := describe_changes(read_json_object(checkpoint / CONTENTS)["depends_on"], depends_on):
+        refuse(f"{checkpoint} was trained with {changes}; give the same, or another --output_dir", allow_changes)
     return str(checkpoint)
 
 
-def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any]) -> bool:
+def refuse_results_of_another(output_dir: str | Path, model_path: str) -> None:
+    """Raises an InputError for an evaluation into the folder of a training run whose model is another one."""
+    folder, model = Path(output_dir).resolve(), Path(model_path).resolve()
+    if (folder / STATE).is_file() and folder not in (model, *model.parents):
+        raise InputError(f"{output_dir} holds a training run; evaluate {model_path} into another --output_dir")
+
+
+def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any], eval_data: list[str]) -> bool:
     """Whether a run with the same data and flags has finished there, and its model is whole.
+
+    Args:
+        eval_data: the sha256 of each evaluation file.
 
     Raises:
         InputError: a run with other data or flags has.
@@ -153,9 +168,14 @@ def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any]) -> bool:
     recorded = read_json_object(Path(output_dir, STATE))
     if recorded.get("state") != "finished":
         return False
-    if changes := describe_changes(recorded["depends_on"], depends_on):
+    if changes := describe_changes(recorded.get("depends_on") or {}, depends_on):
         raise InputError(
             f"{output_dir} holds a finished run with {changes}; choose another --output_dir, or delete it"
+        )
+    if recorded.get("eval_data", eval_data) != eval_data:
+        raise InputError(
+            f"{output_dir}: this run has finished, with other evaluation data; evaluate its model: give it as "
+            "--model_name_or_path, without --do_train, and another --output_dir"
         )
     if fault := find_fault(output_dir, WEIGHTS):
         logger.warning("%s: %s; the end of the run is repeated", output_dir, fault)
@@ -163,7 +183,7 @@ def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def recorded_run(output_dir: str | Path, depends_on: Mapping[str, Any]) -> Iterator[None]:
+def recorded_run(output_dir: str | Path, depends_on: Mapping[str, Any], eval_data: list[str]) -> Iterator[None]:
     """Records that a run is running, and at its end that it is finished, interrupted or failed."""
     path = Path(output_dir, STATE)
     write_json(path, {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "depends_on": depends_on})
@@ -172,12 +192,14 @@ def recorded_run(output_dir: str | Path, depends_on: Mapping[str, Any]) -> Itera
     except BaseException as error:
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with contextlib.suppress(InputError):  # the disk is full
-            write_json(path, {"state": state, "error": str(error), "depends_on": depends_on})
+            write_json(path, {"state": state, "error": mask_secrets(str(error)), "depends_on": depends_on})
+        if state == "interrupted" and "goes on" not in str(error):
+            raise type(error)("the same command with --resume_from_checkpoint true goes on") from None
         raise
     hashes = {
         file.name: sha256_of_file(file) for pattern in WEIGHTS for file in sorted(Path(output_dir).glob(pattern))
     }
-    write_json(path, {"state": "finished", "depends_on": depends_on, "files": hashes})
+    write_json(path, {"state": "finished", "depends_on": depends_on, "eval_data": eval_data, "files": hashes})
 
 
 @contextlib.contextmanager
@@ -197,7 +219,7 @@ def saving(folder: str | Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # safetensors, tokenizers and torch raise each their own, for a full disk too
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(Path(folder).parent).free
         if Path(folder).name.startswith("checkpoint-"):
             shutil.rmtree(folder, ignore_errors=True)
         reason = " ".join(str(error).split())[:200]

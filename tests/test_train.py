@@ -13,6 +13,7 @@ import torch
 from conftest import CHECKPOINT, E2E, REPO_ROOT, command_line, pair, read_json, run_main, run_train, write_records
 from safetensors.torch import load_file
 
+from apo.resumable import Interruption
 from arguments import DataArguments, ModelArguments, RewardTrainingArguments
 
 GOOD = {"text": ["a<sep>b", "a<sep>c"], "scores": [1, 0]}
@@ -297,6 +298,72 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path, signu
         results = results if name.startswith("final") else list(map(without_times, results))
         assert results[0].keys() == results[1].keys()
         assert name.startswith("final") or results[0] == results[1], name
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Runs the command until SIGTERM at the end of a step; it saves and ends."""
+
+    def run(step: int, **flags) -> None:
+        on_step_end = Interruption.on_step_end
+
+        def stop(self, args, state, control, **kwargs):
+            self._signum = signal.SIGTERM * (state.global_step == step)
+            on_step_end(self, args, state, control, **kwargs)
+
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+            patch.setattr(Interruption, "on_step_end", stop)
+            run_main(**ON_CPU, **flags)
+
+    return run
+
+
+def best_run(tmp_path: Path, **flags) -> dict:
+    """8 steps in two epochs; the first checkpoint, whose loss is higher, is the best and loaded at the end."""
+    run = training(tmp_path, eval_data_path=E2E / "eval_b.json", save_strategy="epoch", eval_strategy="epoch")
+    run |= {"per_device_train_batch_size": 16, "num_train_epochs": 2, "max_length": 64, "load_best_model_at_end": True}
+    run |= {"metric_for_best_model": "loss", "greater_is_better": True, "resume_from_checkpoint": True}
+    return run | {"logging_steps": 3} | flags
+
+
+@pytest.mark.parametrize("step", [2, 4, 8], ids=["within an epoch", "at its end", "at the end"])
+def test_run_stopped_at_any_step_of_an_epoch_keeps_log_and_best_checkpoint(tmp_path, stop_at, step):
+    run_main(**ON_CPU, **best_run(tmp_path, output_dir=tmp_path / "whole"))
+    stop_at(step, **best_run(tmp_path))
+    run_main(**ON_CPU, **best_run(tmp_path))
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    logs = [list(map(without_times, log_history(tmp_path / name))) for name in ("out", "whole")]
+    assert logs[0] == logs[1]
+
+
+def test_damaged_best_checkpoint_is_not_taken_for_the_result(tmp_path, stop_at, capsys):
+    stop_at(6, **best_run(tmp_path))
+    path = tmp_path / "out" / "checkpoint-4" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(SystemExit, match="2"):
+        run_main(**ON_CPU, **best_run(tmp_path))
+    assert (
+        "checkpoint-4, the best checkpoint, cannot be loaded: model.safetensors is damaged" in capsys.readouterr().err
+    )
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_checkpoint_without_an_optimizer_is_not_resumed(tmp_path, stop_at, caplog):
+    flags = whole_run(tmp_path, save_only_model=True, resume_from_checkpoint=True, max_steps=6)
+    stop_at(3, **flags)
+    run_main(**ON_CPU, **flags)
+    assert "checkpoint-3 is skipped: it has no state of the optimizer (--save_only_model)" in caplog.text
+
+
+def test_results_of_a_finished_run_stay_those_of_its_model(tmp_path, refused):
+    """Other evaluation data are no reason to say that all is done, and no other model is evaluated into its folder."""
+    run_main(**ON_CPU, **whole_run(tmp_path, max_steps=3))
+    other = whole_run(tmp_path, max_steps=3, eval_data_path=E2E / "eval_a.json")
+    assert "this run has finished, with other evaluation data; evaluate its model" in refused(**other)
+    evaluation = {"model_name_or_path": CHECKPOINT, "eval_data_path": E2E / "eval_a.json"}
+    error = refused(**evaluation, output_dir=tmp_path / "out")
+    assert f"out holds a training run; evaluate {CHECKPOINT} into another --output_dir" in error
 
 
 KILL_AT = """

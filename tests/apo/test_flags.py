@@ -20,7 +20,7 @@ WORK = """output_dir per_device_train_batch_size num_train_epochs max_steps lear
     log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
     trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start
     eval_accumulation_steps save_only_model save_strategy save_steps save_on_each_node save_total_limit
-    load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
+    load_best_model_at_end metric_for_best_model greater_is_better
     restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu dataloader_drop_last
     dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
     dataloader_multiprocessing_context dataloader_in_order train_sampling_strategy ddp_find_unused_parameters

@@ -135,7 +135,7 @@ def dependencies(tmp_path, data="[]", **flags):
     words |= {"output_dir": "o", "report_to": "none"}
     model_args, data_args, args = build_arguments(parse_flags(command_line(**words | flags)))
     more = {"max_length": model_args.max_length, "num_processes": 1, "model": model_args.model_name_or_path}
-    return weights_depend_on(args.to_dict(), data_args.train_data_path, None, **more)
+    return weights_depend_on(args.to_dict(), data_args.train_data_path, data_args.eval_data_path, **more)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_change_on_which_weights_depend_is_named_and_refused(tmp_path, caplog, c
     name = {"data": "train_data", "model_name_or_path": "model"}.get(next(iter(change)), next(iter(change)))
     before, now = dependencies(tmp_path), dependencies(tmp_path, **change)
     make_checkpoint(tmp_path / "checkpoint-2", before)
-    with pytest.raises(InputError, match=rf"checkpoint-2 was trained with .*{name} .*, now .*--allow_changes true"):
+    with pytest.raises(InputError, match=rf"checkpoint-2 was trained with .*{name} .*, now .*--allow_changes"):
         choose_start(tmp_path, "true", now)
     assert choose_start(tmp_path, "true", now, allow_changes=True) == str(tmp_path / "checkpoint-2")
     assert name in caplog.text
@@ -183,15 +183,15 @@ def test_change_on_which_no_weight_depends_is_none(tmp_path, change):
 
 
 def test_finished_run_is_recorded_with_its_weights(tmp_path):
-    with recorded_run(tmp_path, MADE_FROM):
+    with recorded_run(tmp_path, MADE_FROM, ["e"]):
         assert json.loads((tmp_path / STATE).read_text())["state"] == "running"
-        assert not is_finished(tmp_path, MADE_FROM)
+        assert not is_finished(tmp_path, MADE_FROM, ["e"])
         (tmp_path / "model.safetensors").write_bytes(b"weights")
-    assert is_finished(tmp_path, MADE_FROM)
+    assert is_finished(tmp_path, MADE_FROM, ["e"])
     with pytest.raises(InputError, match=r"holds a finished run with learning_rate 0.1, now 0.2; choose another"):
-        is_finished(tmp_path, MADE_FROM | {"learning_rate": 0.2})
+        is_finished(tmp_path, MADE_FROM | {"learning_rate": 0.2}, ["e"])
     flip_bit(tmp_path / "model.safetensors")
-    assert not is_finished(tmp_path, MADE_FROM)
+    assert not is_finished(tmp_path, MADE_FROM, ["e"])
     with pytest.raises(InputError, match=r"model.safetensors is damaged or was changed; restore the file"):
         check_weights(tmp_path)
 
@@ -200,7 +200,7 @@ def test_finished_run_is_recorded_with_its_weights(tmp_path):
     ("error", "state"), [(KeyboardInterrupt("step 4"), "interrupted"), (InputError("x"), "failed")]
 )
 def test_run_that_does_not_end_well_is_recorded_and_its_model_is_named(tmp_path, caplog, error, state):
-    with pytest.raises(type(error)), recorded_run(tmp_path, MADE_FROM):
+    with pytest.raises(type(error)), recorded_run(tmp_path, MADE_FROM, ["e"]):
         raise error
     recorded = json.loads((tmp_path / STATE).read_text())
     assert (recorded["state"], recorded["error"]) == (state, str(error))
@@ -209,7 +209,7 @@ def test_run_that_does_not_end_well_is_recorded_and_its_model_is_named(tmp_path,
 
 
 def test_second_run_into_a_folder_is_refused_while_the_first_runs(tmp_path):
-    with exclusive(tmp_path), recorded_run(tmp_path, MADE_FROM):
+    with exclusive(tmp_path), recorded_run(tmp_path, MADE_FROM, ["e"]):
         second = pytest.raises(InputError, match=rf"run.lock, held by process {os.getpid()}")
         with second, exclusive(tmp_path):
             pass
