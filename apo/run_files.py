@@ -84,8 +84,8 @@ def write_manifest(output_dir: str, arguments: dict[str, Any], data_paths: list[
         **{name: arguments.get(name) for name in ("task_type", "model_name_or_path")},
     }
     path = Path(output_dir) / "manifest.json"
-    earlier = read_json_object(path)
-    write_json(path, {**manifest, "runs": [*earlier.get("runs", [earlier] * bool(earlier)), manifest]})
+    earlier = read_json(path) if path.is_file() else {"runs": []}
+    write_json(path, {**manifest, "runs": [*earlier.get("runs", [earlier]), manifest]})
 
 
 def write_results(output_dir: str, split: str, metrics: dict[str, Any]) -> None:
