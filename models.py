@@ -285,6 +285,14 @@ def load_reward_model(
         model.resize_token_embeddings(len(tokenizer.hf_tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     refuse_non_finite(path, dict(model.named_parameters()))
+    _check_head(model, path, seed, info, needs_trained_head, will_train)
+    return model
+
+
+def _check_head(
+    model: RewardModel, path: str, seed: int, info: dict[str, Any], needs_trained_head: bool, will_train: bool
+) -> None:
+    """Logs where the reward head came from; see `load_reward_model`."""
     head_loaded = "reward_head.weight" not in info["missing_keys"]
     foreign = "score.weight, a head of another library, but " if "score.weight" in info["unexpected_keys"] else ""
     if not head_loaded and (needs_trained_head or (foreign and not will_train)):
@@ -294,4 +302,3 @@ def load_reward_model(
     logger.info("reward head: %s", model.head_origin)
     if not head_loaded and not will_train:
         logger.warning("the reward head is random: the metrics of this run say nothing of the model")
-    return model

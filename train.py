@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import datasets
 
     from apo.tokenizer import RewardTokenizer
-    from arguments import RewardTrainingArguments
+    from arguments import DataArguments, RewardTrainingArguments
     from trainer import RewardModelTrainer
 
 logger = logging.getLogger("train")
@@ -45,6 +45,33 @@ def log_example(dataset: datasets.Dataset, tokenizer: RewardTokenizer) -> None:
     item = dataset[0]
     for ids, score in zip(item["input_ids"], item["scores"], strict=True):
         logger.info("example, normalised score %.3f, %d tokens: %r", score, len(ids), tokenizer.decode(ids))
+
+
+def load_data(
+    data_args: DataArguments,
+    args: RewardTrainingArguments,
+    eval_paths: dict[str, str],
+    tokenizer: RewardTokenizer,
+    **sequence_settings: Any,
+) -> tuple[datasets.Dataset | None, dict[str, datasets.Dataset]]:
+    """Returns the training data, None without training, and {name: data} of the evaluation files {name: path}."""
+    from apo.flags import check_training
+
+    load = functools.partial(
+        load_preference_dataset,
+        tokenizer=tokenizer,
+        data_type=data_args.data_type,
+        response_keys=data_args.response_keys,
+        cache_dir=data_args.cache_dir,
+        num_records=NUM_DEBUG_RECORDS if args.debug_mode else None,
+        **sequence_settings,
+    )
+    train_set = None
+    if args.do_train:
+        train_set = merge_training_data({path: load(path) for path in data_args.train_data_path})
+        check_training(args, train_set)
+        log_example(train_set, tokenizer)
+    return train_set, {name: load(path) for name, path in eval_paths.items()}
 
 
 def start_training(
@@ -113,16 +140,12 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
 @exit_on_input_error
 def main() -> None:
     """Runs the command line."""
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:  # the lock and the recorded state of a training run
         run(stack)
 
 
 def run(stack: contextlib.ExitStack) -> None:
-    """Parse -> data -> model -> trainer -> train, evaluate, score -> save.
-
-    Args:
-        stack: what is closed at the end, the lock and the recorded state of a training run.
-    """
+    """Parse -> data -> model -> trainer -> train, evaluate, score -> save; the caller closes `stack`."""
     setup_logging()
     from arguments import build_arguments, parse_flags
 
@@ -135,7 +158,6 @@ def run(stack: contextlib.ExitStack) -> None:
     import torch
 
     from apo.figures import plot_training_curves
-    from apo.flags import check_training
     from apo.resume import model_version
     from apo.run_files import write_manifest, write_model_card
     from apo.scoring import name_score_files, score_dataset
@@ -153,22 +175,8 @@ def run(stack: contextlib.ExitStack) -> None:
     settings.sep_token_id = tokenizer.sep_token_id
 
     # ---- data
-    load = functools.partial(
-        load_preference_dataset,
-        tokenizer=tokenizer,
-        data_type=data_args.data_type,
-        response_keys=data_args.response_keys,
-        cache_dir=data_args.cache_dir,
-        num_records=NUM_DEBUG_RECORDS if args.debug_mode else None,
-        **settings.sequence_settings,
-    )
-    train_set = None
-    if args.do_train:
-        train_set = merge_training_data({path: load(path) for path in data_args.train_data_path})
-        check_training(args, train_set)
-        log_example(train_set, tokenizer)
     data_paths = name_datasets(data_args.eval_data_path)
-    eval_sets = {name: load(path) for name, path in data_paths.items()}
+    train_set, eval_sets = load_data(data_args, args, data_paths, tokenizer, **settings.sequence_settings)
     if args.task_type == "inference":
         score_paths = name_score_files(args.output_dir, list(eval_sets), data_args.data_suffix)
 
@@ -193,18 +201,9 @@ def run(stack: contextlib.ExitStack) -> None:
     dtype = getattr(torch, model_args.dtype)
     compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
     attention = choose_attention(config, args.batching, args.device, compute_dtype)
-    model = load_reward_model(
-        model_path,
-        config,
-        tokenizer,
-        settings,
-        seed=args.seed,
-        with_lm_head=args.lm_loss_coeff > 0,
-        needs_trained_head=args.task_type == "inference",
-        will_train=args.do_train,
-        dtype=dtype,
-        attention=attention,
-    )
+    loading = {"seed": args.seed, "dtype": dtype, "attention": attention, "will_train": args.do_train}
+    loading |= {"with_lm_head": args.lm_loss_coeff > 0, "needs_trained_head": args.task_type == "inference"}
+    model = load_reward_model(model_path, config, tokenizer, settings, **loading)
 
     # ---- trainer
     batching = "tree" if attention in TREE_ATTENTIONS else "padded"
@@ -227,11 +226,11 @@ def run(stack: contextlib.ExitStack) -> None:
     if args.do_train:
         train_and_save(trainer)
     if args.task_type == "inference":
-        rewards_depend_on |= {"model_name_or_path": model_path}
-        rewards_depend_on |= {"dtype": [model_args.dtype, str(compute_dtype)], "deepspeed": bool(args.deepspeed)}
+        rewards_depend_on |= {"model_name_or_path": model_path, "deepspeed": bool(args.deepspeed)}
+        rewards_depend_on |= {"dtype": [model_args.dtype, str(compute_dtype)], "keys": data_args.response_keys}
         rewards_depend_on |= {"attention": [attention, model_args.padding_side], "data_type": data_args.data_type}
         for name, path in data_paths.items():
-            inputs = {"data_sha256": sha256_of_file(path), "keys": data_args.response_keys, **rewards_depend_on}
+            inputs = {"data_sha256": sha256_of_file(path), **rewards_depend_on}
             score_dataset(trainer, eval_sets[name], score_paths[name], inputs)
     else:
         results = evaluate_all(trainer, eval_sets) if eval_sets else {}
