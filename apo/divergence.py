@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput
 
 from apo.cli import InputError, first_few
@@ -49,6 +50,8 @@ class GuardedTrainer(Trainer):
 
     def _sample_weights(self) -> Tensor:
         """Up to 1,000 values of each weight but the embedding, of which a run sees few rows; none under ZeRO-3."""
+        if is_deepspeed_zero3_enabled():  # each process has a part of some
+            return torch.empty(0)
         embedding = self.model.get_input_embeddings().weight
         weights = [weight.detach().flatten() for weight in self.model.parameters() if weight is not embedding]
         return torch.cat([weight[:: math.ceil(len(weight) / 1000) or 1].float().cpu() for weight in weights])

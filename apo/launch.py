@@ -117,12 +117,11 @@ def exit_worker(status: int = 0) -> None:
     In that teardown gloo's threads, which DeepSpeed keeps alive, can abort the process (PyTorch issue 190489).
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_initialized():
-        if not status:  # after an error, others may still wait in it
-            distributed.destroy_process_group()
-        if count_processes() > 1:
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            os._exit(status)
+    if distributed and distributed.is_initialized() and not status:  # after an error, others may still wait in it
+        distributed.destroy_process_group()
+    if count_processes() > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(status)
     if status:
         sys.exit(status)

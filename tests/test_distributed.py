@@ -182,7 +182,7 @@ def odd_files(tmp_path_factory) -> list[Path]:
     responses, ties between scores, and items of both types."""
     folder = tmp_path_factory.mktemp("odd")
     items = [pair(f"Question {i}?", " x" * i, " yes", type="apo" if i % 3 else "human") for i in range(5)]
-    texts = [f"What is {i}?<sep> number {i}" for i in range(4)]
+    texts = [f"What is it?<sep> number {i}" for i in range(4)]
     items += [{"text": texts, "scores": [0.0, 2.0, 1.0, 1.0]}, {"text": texts[:3], "scores": [1, 1, 0]}]
     return [write_records(folder / "odd.json", items), E2E / "eval_b.json"]
 
