@@ -12,8 +12,7 @@ from apo.cli import InputError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from arguments import RewardTrainingArguments
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def check_flags(group: Any) -> None:
         setattr(group, name, getattr(type(group), name, []))
 
 
-def check_packages(args: RewardTrainingArguments) -> None:
+def check_packages(args: TrainingArguments) -> None:
     """Refuses a tracker, optimizer or schedule that transformers could not build once the model is loaded."""
     import torch
     from torch.utils.checkpoint import checkpoint
@@ -106,7 +105,7 @@ def check_packages(args: RewardTrainingArguments) -> None:
             raise InputError(f"{names}: {' '.join(str(error).split())}") from error
 
 
-def check_training(args: RewardTrainingArguments, train_set: Dataset) -> None:
+def check_training(args: TrainingArguments, train_set: Dataset) -> None:
     """Refuses training data without a complete batch where others are dropped; warns of flags that do not fit them."""
     batch_size = args.per_device_train_batch_size * args.world_size
     num_batches = (math.floor if args.dataloader_drop_last else math.ceil)(len(train_set) / batch_size)
