@@ -196,6 +196,8 @@ def run(stack: contextlib.ExitStack) -> None:
             return
     elif args.task_type != "inference":
         refuse_results_of_another(args.output_dir, model_path)
+        if args.process_index == 0:
+            stack.enter_context(exclusive(args.output_dir))
 
     # ---- model
     dtype = getattr(torch, model_args.dtype)

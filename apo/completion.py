@@ -8,12 +8,12 @@ from collections import Counter
 from typing import Any
 
 from apo.cli import describe, mask_secrets, secrets
-from apo.prompts import format_response
+from apo.prompts import REASONING_TAGS, format_response
 
 MAX_BODY = 2 * 2**20  # bytes that are read of a body; 100,000 tokens need about 1 MB
 MAX_WORDS = 300  # characters that a message shows of what the server said
 UNFINISHED = ("content_filter", "abort", "error")  # values of finish_reason that are counted under their own name
-OPEN, CLOSE = (rf"(?:<{slash}(?:seed:)?(?i:think|thinking)>|\[{slash}THINK\])" for slash in ("", "/"))
+OPEN, CLOSE = REASONING_TAGS
 REASONING = re.compile(rf"(?:{OPEN})?(?:(?!{OPEN}).)*?{CLOSE}", re.DOTALL)  # some templates open it in the prompt
 ROLE = re.compile(r"\s*(?i:assistant):")
 TOKEN = re.compile(

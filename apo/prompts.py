@@ -12,7 +12,8 @@ from apo.cli import BadField, describe, raise_bad_records
 
 TEMPLATES = ("plain", "llama-2-chat", "chat")
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
-REASONING_TAG = re.compile(r"<(?:seed:)?(?i:think|thinking)>|\[THINK\]")
+REASONING_TAGS = [rf"(?:<{slash}(?:seed:)?(?i:think|thinking)>|\[{slash}THINK\])" for slash in ("", "/")]
+REASONING_TAG = re.compile(REASONING_TAGS[0])
 TURN = re.compile(rf"\n\n({'|'.join(ROLES)}):")
 # Where a response ends, because the model continues as the user.
 GOLDEN_STOP_STRINGS = ("\nHuman:",)  # "\nHumans need water" is part of a response

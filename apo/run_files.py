@@ -11,7 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from apo.cli import InputError, replacing, sha256_of_file, write_json
+from apo.cli import InputError, describe, replacing, sha256_of_file, write_json
 from apo.run_state import read_json_object
 from apo.statistics import wilson_interval
 
@@ -19,12 +19,15 @@ PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sen
 MARKDOWN_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", "\n": " ", "\r": " "} | {c: f"\\{c}" for c in "\\`|*["})
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file that a run wrote."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads the JSON object in a file that a run wrote; anything else is an `InputError`."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: broken JSON ({error}); expected a file that train.py wrote") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: found {describe(value)}, expected an object, as train.py wrote it")
+    return value
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int = 1) -> str:

@@ -177,7 +177,10 @@ def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any], eval_data
             f"{output_dir}: this run has finished, with other evaluation data; evaluate its model: give it as "
             "--model_name_or_path, without --do_train, and another --output_dir"
         )
-    if fault := find_fault(output_dir, WEIGHTS):
+    fault = find_fault(output_dir, WEIGHTS)
+    if eval_data and not Path(output_dir, "final_eval_results.json").is_file():
+        fault = fault or "final_eval_results.json is missing"
+    if fault:
         logger.warning("%s: %s; the end of the run is repeated", output_dir, fault)
     return not fault
 

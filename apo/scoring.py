@@ -76,7 +76,8 @@ def score_dataset(trainer: Trainer, dataset: Dataset, path: Path, settings: dict
     batches_sha256 = hashlib.sha256(json.dumps(batches).encode()).hexdigest()
     store = ResultStore(path, {**settings, "batches_sha256": batches_sha256})
     with locked(store.lock_path, wait=False):
-        if path.exists() and (recorded := read_recorded(path).get("model")) not in (None, settings["model"]):
+        recorded = read_recorded(path).get("model", "unknown")
+        if path.exists() and recorded != settings["model"]:
             found = f"found the rewards of another model, {recorded}, expected those of {settings['model']}"
             refuse(f"{path}: {found}; give another --data_suffix or --output_dir", trainer.args.allow_changes)
         complete_items(

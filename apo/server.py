@@ -1,6 +1,7 @@
 """Responses from an OpenAI-compatible server (vLLM, SGLang, OpenAI), many requests at a time.
 
-What can be retried is retried: failed connections, time-outs, and the statuses 408, 409, 429 and 5xx.
+What can be retried is retried: failed connections, time-outs, and the statuses 408, 409, 429 and 5xx. The client is
+httpx2 and not openai, which has no limit for the time of a whole request or for the size of an error.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from conftest import CHECKPOINT, E2E, REPO_ROOT, command_line, pair, read_json, 
 from safetensors.torch import load_file
 
 from apo.resumable import Interruption
+from apo.run_state import exclusive
 from arguments import DataArguments, ModelArguments, RewardTrainingArguments
 
 GOOD = {"text": ["a<sep>b", "a<sep>c"], "scores": [1, 0]}
@@ -364,6 +365,8 @@ def test_results_of_a_finished_run_stay_those_of_its_model(tmp_path, refused):
     evaluation = {"model_name_or_path": CHECKPOINT, "eval_data_path": E2E / "eval_a.json"}
     error = refused(**evaluation, output_dir=tmp_path / "out")
     assert f"out holds a training run; evaluate {CHECKPOINT} into another --output_dir" in error
+    with exclusive(tmp_path / "new"):
+        assert "run.lock, held by process" in refused(**evaluation, output_dir=tmp_path / "new")
 
 
 KILL_AT = """

@@ -22,7 +22,7 @@ def read_results(run_dir: str) -> dict[str, dict[str, float]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file; give the --output_dir of a run that evaluated")
     results = read_json(path)
-    if not isinstance(results, dict) or not all(isinstance(metrics, dict) for metrics in results.values()):
+    if not all(isinstance(metrics, dict) for metrics in results.values()):
         raise InputError(f"{path}: found no object of evaluation sets; expected a file that train.py wrote")
     return results
 

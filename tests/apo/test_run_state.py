@@ -187,9 +187,13 @@ def test_finished_run_is_recorded_with_its_weights(tmp_path):
         assert json.loads((tmp_path / STATE).read_text())["state"] == "running"
         assert not is_finished(tmp_path, MADE_FROM, ["e"])
         (tmp_path / "model.safetensors").write_bytes(b"weights")
+        (tmp_path / "final_eval_results.json").write_text("{}")
     assert is_finished(tmp_path, MADE_FROM, ["e"])
     with pytest.raises(InputError, match=r"holds a finished run with learning_rate 0.1, now 0.2; choose another"):
         is_finished(tmp_path, MADE_FROM | {"learning_rate": 0.2}, ["e"])
+    (tmp_path / "final_eval_results.json").unlink()
+    assert not is_finished(tmp_path, MADE_FROM, ["e"])
+    (tmp_path / "final_eval_results.json").write_text("{}")
     flip_bit(tmp_path / "model.safetensors")
     assert not is_finished(tmp_path, MADE_FROM, ["e"])
     with pytest.raises(InputError, match=r"model.safetensors is damaged or was changed; restore the file"):

@@ -121,9 +121,12 @@ def test_rewards_of_other_settings_are_not_used(samples, tmp_path, monkeypatch):
     assert sum(seen) == NUM_RECORDS
 
 
-def test_second_run_replaces_the_first(samples, undisturbed, tmp_path):
+def test_rewards_of_an_unknown_model_are_replaced_if_it_is_allowed(samples, undisturbed, tmp_path, capsys):
     scores_file(tmp_path).write_text("[]")
-    run_main(**flags(samples, tmp_path))
+    with pytest.raises(SystemExit, match="2"):
+        run_main(**flags(samples, tmp_path))
+    assert "found the rewards of another model, unknown, expected" in capsys.readouterr().err
+    run_main(**flags(samples, tmp_path), allow_changes=True)
     assert scores_file(tmp_path).read_bytes() == undisturbed
 
 
