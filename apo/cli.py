@@ -47,7 +47,7 @@ def refuse(difference: str, allowed: bool) -> None:
 
 
 def raise_interrupt(signum: int, frame: Any = None, line: str = "the same command starts again") -> NoReturn:
-    """Handles SIGTERM and SIGINT: ends what runs now with an exception, whose text says how to go on."""
+    """Handles SIGTERM and SIGINT: ends what runs now with an exception, whose text says what to do."""
     raise Terminated(line) if signum == signal.SIGTERM else KeyboardInterrupt(line)
 
 
@@ -88,7 +88,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
             return
         except KeyboardInterrupt as error:
             status = 143 if isinstance(error, Terminated) else 130
-            line = f"interrupted: {str(error) or 'the same command goes on'}"
+            line = f"interrupted: {str(error) or 'the same command resumes'}"
         except (InputError, OSError) as error:
             status, line = 2, f"error of rank {process_rank()}: {error}" if process_rank() else f"error: {error}"
         finally:
@@ -196,7 +196,7 @@ def write_json(path: str | Path, obj: Any) -> None:
     try:
         text = json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False)
     except ValueError as error:
-        raise InputError(f"{path}: not written, a number that belongs into it is not finite ({error})") from error
+        raise InputError(f"{path}: not written: a number in it is not finite ({error})") from error
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
 

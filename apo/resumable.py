@@ -48,7 +48,7 @@ class ResumableTrainer(Trainer):
         self.args.save_total_limit = limit
         self._delete_old_checkpoints()
         if self._interruption.agreed:
-            how = "the same command with --resume_from_checkpoint true goes on"
+            how = "the same command with --resume_from_checkpoint true resumes"
             step = f"step {self.state.global_step} of {self.state.max_steps}"
             raise_interrupt(self._interruption.agreed, line=f"after {step}, saved in {folder}; {how}")
 

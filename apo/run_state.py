@@ -196,8 +196,8 @@ def recorded_run(output_dir: str | Path, depends_on: Mapping[str, Any], eval_dat
         state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with contextlib.suppress(InputError):  # the disk is full
             write_json(path, {"state": state, "error": mask_secrets(str(error)), "depends_on": depends_on})
-        if state == "interrupted" and "goes on" not in str(error):
-            raise type(error)("the same command with --resume_from_checkpoint true goes on") from None
+        if state == "interrupted" and "resumes" not in str(error):
+            raise type(error)("the same command with --resume_from_checkpoint true resumes") from None
         raise
     hashes = {
         file.name: sha256_of_file(file) for pattern in WEIGHTS for file in sorted(Path(output_dir).glob(pattern))

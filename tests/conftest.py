@@ -189,6 +189,44 @@ def run_main(*parts: object, **flags: object) -> None:
         os.environ.update(environment)
 
 
+ON_CPU = {"use_cpu": True, "report_to": "none", "disable_tqdm": True}
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Runs the command; it must end with status 2 and one line before any weight is loaded. Returns that line."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the weights were loaded")
+
+    def run(**flags) -> str:
+        monkeypatch.setattr("models.load_reward_model", fail)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_:
+            run_main(**ON_CPU, **flags)
+        return check_refusal(exit_.value.code, capsys.readouterr().err)
+
+    return run
+
+
+def check_refusal(exit_status: int, stderr: str) -> str:
+    assert exit_status == 2
+    assert "Traceback" not in stderr
+    errors = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1, stderr
+    assert stderr.rstrip().endswith(errors[0])  # nothing after it, so that the message is the one line
+    return errors[0]
+
+
+def training(tmp_path: Path, **flags) -> dict:
+    run = {"model_name_or_path": CHECKPOINT, "do_train": True, "train_data_path": E2E / "train.json"}
+    return run | {"output_dir": tmp_path / "out", "save_strategy": "no"} | flags
+
+
+def log_history(output_dir: Path) -> list[dict]:
+    return read_json(output_dir / "trainer_state.json")["log_history"]
+
+
 def run_tool(name: str, *words: object, exit_status: int = 0) -> subprocess.CompletedProcess:
     """Runs a tool as a user does, and checks its exit status."""
     command = [sys.executable, str(REPO_ROOT / "tools" / name), *map(str, words)]

@@ -176,6 +176,17 @@ def test_file_tree_is_that_of_the_repository():
     assert sorted(code - listed - {"apo/__init__.py"}) == []
 
 
+def test_promises_name_tests_that_exist():
+    text = (REPO_ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")
+    named = re.findall(r"`((?:apo/|tools/)?test_\w+\.py)(?:::(test_\w+))?`", text)
+    missing = [
+        (path, test)
+        for path, test in named
+        if f"def {test}" not in (REPO_ROOT / "tests" / path).read_text(encoding="utf-8")
+    ]
+    assert len(named) > 30 and missing == []
+
+
 def test_run_files_are_those_of_the_documents():
     """README.md and configs/README.md name every file of configs/runs/, and no other."""
     files = {path.stem for path in (REPO_ROOT / "configs" / "runs").glob("*.yaml")}
