@@ -281,7 +281,7 @@ def test_torchrun_on_the_cpu_without_use_cpu_stops_with_an_explanation(tmp_path)
     """Each of the two processes would train alone and both would write the same folder."""
     run = APO_RUN | {"use_cpu": None, "output_dir": tmp_path / "out"}
     done = run_train(**run, num_processes=2, exit_status=1, env={"CUDA_VISIBLE_DEVICES": ""})
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert "2 processes" in errors[0] and "--use_cpu true" in errors[0]
+    # The first process that ends makes torchrun stop the other one, which may not have come to its own line.
+    errors = [line for line in done.stderr.splitlines() if line.startswith(("error:", "error of rank 1:"))]
+    assert errors and all("2 processes" in error and "--use_cpu true" in error for error in errors)
     assert not (tmp_path / "out").exists()
