@@ -27,13 +27,22 @@ from apo.cli import InputError, first_few
 from apo.divergence import refuse_non_finite
 from apo.run_state import check_weights
 from apo.tokenizer import RewardTokenizer, load_reward_tokenizer
-from apo.tree import choose_attention, prepare_attention
+from apo.tree import TREE_ATTENTIONS, choose_attention, prepare_attention
 
 logger = logging.getLogger(__name__)
 
 POOLING_TYPES = ("last", "eos", "average", "max")
 SIDES = ("left", "right")
-LM_HEADS = ("lm_head.", "embed_out.")  # read with the LM loss only
+# Prompts and responses whose rewards tell whether a saved model is the one in memory.
+PROBES = (
+    ["\n\nHuman: How do I dry herbs?\n\nAssistant:", "\n\nHuman: Hi!\n\nAssistant:", "Why?", ""],
+    [
+        " Hang them in small bunches, away from the sun.",
+        " I don't know.",
+        " Because 2 + 2 = 4.",
+        " \u00bfQu\u00e9? \u732b",
+    ],
+)
 
 
 @dataclass
@@ -150,6 +159,7 @@ class RewardModel(PreTrainedModel):
         model.score("\n\nHuman: Dry herbs?\n\nAssistant:", " In bunches.")
     """
 
+    _keys_to_ignore_on_load_unexpected = (r"lm_head\.", r"embed_out\.")  # LM heads are read with the LM loss only
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_attention_backend = True  # the backbone refuses what it does not support
     tokenizer: RewardTokenizer
@@ -200,6 +210,8 @@ class RewardModel(PreTrainedModel):
             response: the text after it, with its leading space.
             batch_size: sequences in a forward pass; changes no reward.
         """
+        from accelerate.utils import send_to_device
+
         from reward_datasets import RewardDataCollator, build_sequence
 
         if isinstance(prompt, str):
@@ -208,12 +220,12 @@ class RewardModel(PreTrainedModel):
             raise InputError(f"score: found {len(prompt)} prompts and {len(response)} responses, expected as many")
         ids = zip(self.tokenizer.encode(prompt), self.tokenizer.encode(response), strict=True)
         sequences = [build_sequence(*pair, self.tokenizer, **self.settings.sequence_settings) for pair in ids]
-        collate = RewardDataCollator(self.tokenizer.pad_token_id)
+        batching = "tree" if self.config._attn_implementation in TREE_ATTENTIONS else "padded"
+        collate = RewardDataCollator(self.tokenizer.pad_token_id, batching=batching)
         rewards: list[float] = []
         for start in range(0, len(sequences), batch_size):
-            part = sequences[start : start + batch_size]
-            tensors = collate.token_tensors(part)
-            rewards += self(**{name: x.to(self.device) for name, x in tensors.items()}).rewards.tolist()
+            tensors = send_to_device(collate.token_tensors(sequences[start : start + batch_size]), self.device)
+            rewards += self(**tensors).rewards.tolist()
         return rewards
 
     def forward(
@@ -387,8 +399,8 @@ def _check_weight_names(path: str, info: dict[str, Any]) -> None:
     if missing := set(info["missing_keys"]) - {"reward_head.weight"}:
         lacking = f"lacks {len(missing)} weights ({first_few(sorted(missing))})"
         raise InputError(f"{path}: the checkpoint {lacking}; expected a complete model")
-    if unread := {name for name in info["unexpected_keys"] if not name.startswith(LM_HEADS)}:
-        logger.warning("%s: %d weights are not read (%s)", path, len(unread), first_few(sorted(unread)))
+    if unread := sorted(info["unexpected_keys"]):
+        logger.warning("%s: %d weights are not read (%s)", path, len(unread), first_few(unread))
 
 
 def _check_head(
@@ -404,3 +416,28 @@ def _check_head(
     logger.info("reward head: %s", model.head_origin)
     if is_new and not will_train:
         logger.warning("the reward head is random: the metrics of this run say nothing of the model")
+
+
+def check_saved_model(folder: str, rewards: list[float], dtype: torch.dtype, tolerance: float) -> None:
+    """Reloads a model that was just saved, and compares its rewards of `PROBES`.
+
+    Args:
+        rewards: those of the model in memory.
+        dtype: of the weights.
+        tolerance: largest difference, as a share of the largest reward; covers other kernels and 16-bit rounding.
+
+    Raises:
+        InputError: what was written is another model, or none.
+    """
+    level = logger.manager.disable
+    logging.disable(logging.INFO)  # where the head came from is no news
+    try:
+        saved = RewardModel.from_pretrained(folder, dtype).score(*PROBES)
+    finally:
+        logging.disable(level)
+    difference = max(abs(a - b) for a, b in zip(saved, rewards, strict=True))
+    if not difference <= tolerance * max(map(abs, rewards)):
+        raise InputError(
+            f"{folder}: the saved model gives other rewards than the one in memory (up to {difference:.3g} apart), so "
+            "it is not the model that was trained; save it again, from the last whole checkpoint"
+        )
