@@ -13,10 +13,13 @@ depth-first order, so that the descendants of a token follow it:
 
 Linear layers see a row without padding; only attention depends on the tree. Positions are those of the separate
 sequences and every token attends to what it would attend to there, so for a model without dropout this is the same
-function. Over-long sequences that are truncated at different places share no prefix, as in the reference.
+function. A sliding window of W counts positions: token i then sees only j with position[j] > position[i] - W.
+Over-long sequences that are truncated at different places share no prefix, as in the reference.
 
 There are three implementations of the attention, registered with transformers under the names of `TREE_ATTENTIONS`:
-`tree_branches` for the CPU, `tree_flex` for CUDA, `tree_mask` where that fails.
+`tree_branches` for the CPU, `tree_flex` for CUDA, `tree_mask` where that fails. transformers builds no mask for a name
+that it does not know, and passes what else a layer needs (window, soft cap, sinks) as keywords. `TREE_MODELS` lists
+the architectures for which this is tested; all others are padded.
 """
 
 from __future__ import annotations
@@ -24,24 +27,43 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface
-
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
+from transformers import MODEL_MAPPING, AttentionInterface, PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
 TREE_ATTENTIONS = ("tree_branches", "tree_flex", "tree_mask")
 MAX_PADDING = 1.5  # of a group of branches; below it, padding is cheaper than another call
+BLOCK_SIZE = 128  # tokens of a block that flex attention computes or skips
+
+# The architectures whose trees are tested against padded rows, and what their layers may need besides a causal mask.
+# Not here: windows that come in the mask alone (qwen2_moe, llama4), ALiBi, Mamba.
+TREE_MODELS: dict[str, tuple[str, ...]] = {
+    "gemma2": ("window", "softcap"),
+    "gemma3_text": ("window",),
+    "gpt2": (),
+    "gpt_neox": (),
+    "gpt_oss": ("window", "sinks"),
+    "granite": (),
+    "llama": (),
+    "mistral": ("window",),
+    "olmo2": (),
+    "opt": (),
+    "phi3": ("window",),
+    "qwen2": ("window",),
+    "qwen3": ("window",),
+    "smollm3": ("window",),
+}
+# Fields of a config with "drop" in their name that concern heads which a reward model does not have.
+DROPOUT_OF_OTHER_HEADS = ("classifier_dropout", "summary_first_dropout", "summary_last_dropout")
 
 
 def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
@@ -91,7 +113,21 @@ def build_token_tree(sequences: list[list[int]]) -> dict[str, Tensor]:
     }
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+@dataclass(frozen=True)
+class Layer:
+    """What the attention of one layer depends on besides the tree.
+
+    `scaling` is the factor of the dot products. A token sees the `window` positions up to its own, or all. `softcap`
+    bounds the scores to +-softcap. `sinks` (H,) are the scores of one more key per head, whose value is 0.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Layer], Tensor]
 
 
 def tree_attention(
@@ -102,8 +138,11 @@ def tree_attention(
     attention_mask: None,
     *,
     attend: Attend,
-    scaling: float,
+    scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer over a tree, as transformers calls it.
@@ -112,20 +151,22 @@ def tree_attention(
         module: the attention module that calls.
         query: (1, H, S, head size).
         key, value: (1, H, S, head size), or with fewer heads, each for a group of query heads.
-        attention_mask: not used.
+        attention_mask: must be None: the tree decides who sees whom.
         attend: the function that `prepare_attention` returned for this batch.
-        scaling: factor of the dot products.
+        scaling: factor of the dot products, by default 1 / sqrt(head size).
         dropout: must be 0: a shared token has one state, not one per sequence.
+        sliding_window, softcap, s_aux: `window`, `softcap` and `sinks` of `Layer`.
 
     Returns:
         (1, S, H, head size), and None in place of the attention weights.
     """
-    assert dropout == 0.0, dropout
+    assert attention_mask is None and dropout == 0.0, (attention_mask, dropout)
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves them in float32, as the rotation is
     group_size = query.shape[1] // key.shape[1]
     if group_size > 1:
         key, value = key.repeat_interleave(group_size, dim=1), value.repeat_interleave(group_size, dim=1)
-    return attend(query, key, value, scaling).transpose(1, 2), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, Layer(scaling, sliding_window, softcap, s_aux)).transpose(1, 2), None
 
 
 for _name in TREE_ATTENTIONS:
@@ -133,17 +174,50 @@ for _name in TREE_ATTENTIONS:
 
 
 def prepare_attention(tree: dict[str, Tensor], kind: str) -> Attend:
-    """Prepares the attention of a batch, the same for every layer.
+    """Prepares the attention of a batch for all layers.
 
     Args:
         tree: of `build_token_tree`.
         kind: one of `TREE_ATTENTIONS`.
 
     Returns:
-        A function of query, key, value (1, H, S, head size) and the scaling; it returns their attention.
+        A function of query, key, value (1, H, S, head size) and the layer; it returns their attention.
     """
     prepare = {"tree_branches": _prepare_branches, "tree_flex": _prepare_flex, "tree_mask": _prepare_mask}
-    return prepare[kind](tree)
+    attend, longest = prepare[kind](tree), tree["paths"].shape[1]
+
+    def attend_in_layer(query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
+        if layer.window is not None and layer.window >= longest:
+            layer = replace(layer, window=None)
+        return attend(query, key, value, layer)
+
+    return attend_in_layer
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, layer: Layer) -> Tensor:
+    """Attention (n, H, Q, head size) with a mask that lets every query see a key, causal where the mask is None."""
+    if layer.softcap is None and layer.sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=layer.scaling)
+    scores = query @ key.transpose(-2, -1) * layer.scaling  # (n, H, Q, K)
+    if layer.softcap is not None:
+        scores = _cap(layer.softcap)(scores)
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    scores = scores.float().masked_fill(~mask, -torch.inf)
+    output = scores.softmax(-1).to(value.dtype) @ value
+    return output if layer.sinks is None else _add_sinks(output, scores.logsumexp(-1), layer.sinks)
+
+
+@functools.cache
+def _cap(softcap: float) -> Callable[..., Tensor]:
+    """Soft-capping of attention scores, in the form that flex attention asks for; one function for equal caps."""
+    return lambda scores, *_: softcap * torch.tanh(scores / softcap)
+
+
+def _add_sinks(output: Tensor, log_sum_exp: Tensor, sinks: Tensor) -> Tensor:
+    """Adds the key of a sink, whose value is 0, to attention (n, H, Q, head size) with sums of scores (n, H, Q)."""
+    share = torch.sigmoid(log_sum_exp - sinks[:, None])  # exp(sum) / (exp(sum) + exp(sink))
+    return (output * share[..., None]).to(output.dtype)
 
 
 def _take(states: Tensor, index: Tensor) -> Tensor:
@@ -163,13 +237,25 @@ class Branch:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call for n branches: `query_index` (n, Q) and `key_index` (n, K), rows of the tree; `mask` (n, 1, Q, K), or
-    None for causal attention over whole paths; `is_new` (n, Q), the queries whose output is used."""
+    """One call for n branches: `query_index` (n, Q) and `key_index` (n, K), rows of the tree; `position` (n, Q) of the
+    queries; `is_new` (n, Q), those whose output is used; `is_whole`, whether all paths are queried as a whole."""
 
     query_index: Tensor
     key_index: Tensor
-    mask: Tensor | None
+    position: Tensor
     is_new: Tensor
+    is_whole: bool
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """The keys that each query sees, (n, 1, Q, K); None for causal attention."""
+        num_keys = self.key_index.shape[1]
+        if self.is_whole and (window is None or window >= num_keys):
+            return None
+        position, key_position = self.position[:, :, None], torch.arange(num_keys, device=self.position.device)
+        mask = key_position <= position
+        if window is not None:
+            mask &= key_position > position - window
+        return mask[:, None]
 
 
 def _group_branches(tree: dict[str, Tensor]) -> list[list[Branch]]:
@@ -201,15 +287,14 @@ def _group_branches(tree: dict[str, Tensor]) -> list[list[Branch]]:
 def _make_call(paths: Tensor, group: list[Branch]) -> AttentionCall:
     fields = [[b.sequence, b.length, b.start, b.first] for b in group]
     sequence, length, start, first = torch.tensor(fields, device=paths.device).unbind(1)  # (n,) each
-    num_queries, num_keys = int((length - first).max()), int(length.max())
-    position = first[:, None] + torch.arange(num_queries, device=paths.device)  # (n, Q)
-    needs_mask = group[0].first > 0
-    mask = (torch.arange(num_keys, device=paths.device) <= position[:, :, None])[:, None] if needs_mask else None
+    offset = torch.arange(int((length - first).max()), device=paths.device)
+    position = torch.minimum(first[:, None] + offset, length[:, None] - 1)  # (n, Q), at the end the last one again
     return AttentionCall(
-        query_index=paths[sequence].gather(1, position.clamp(max=paths.shape[1] - 1)),
-        key_index=paths[sequence, :num_keys],
-        mask=mask,
-        is_new=(position >= start[:, None]) & (position < length[:, None]),
+        query_index=paths[sequence].gather(1, position),
+        key_index=paths[sequence, : int(length.max())],
+        position=position,
+        is_new=(offset >= (start - first)[:, None]) & (offset < (length - first)[:, None]),
+        is_whole=group[0].first == 0,
     )
 
 
@@ -230,41 +315,99 @@ def _prepare_branches(tree: dict[str, Tensor]) -> Attend:
         parts = _take(states, index).split([shape.numel() for shape in shapes])
         return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    @functools.cache
+    def masks(window: int | None) -> list[Tensor | None]:
+        return [call.mask(window) for call in calls]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
         queries = take(query, query_index, [call.query_index.shape for call in calls])  # (n, H, Q, head size) each
         key_shapes = [call.key_index.shape for call in calls]
         keys, values = take(key, key_index, key_shapes), take(value, key_index, key_shapes)  # (n, H, K, head size)
         outputs = []
-        for call, q, k, v in zip(calls, queries, keys, values, strict=True):
-            causal = call.mask is None
-            output = F.scaled_dot_product_attention(q, k, v, call.mask, is_causal=causal, scale=scaling)
-            outputs.append(output.transpose(1, 2).flatten(0, 1))
+        for q, k, v, mask in zip(queries, keys, values, masks(layer.window), strict=True):
+            outputs.append(_attention(q, k, v, mask, layer).transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, sources).transpose(0, 1)[None]
 
     return attend
 
 
-def _prepare_flex(tree: dict[str, Tensor]) -> Attend:
-    """Flex attention over the row, which skips the empty blocks of the (S, S) mask.
+def tree_block_mask(ends: Tensor, positions: Tensor, window: int | None) -> BlockMask:
+    """The mask of flex attention, whose blocks are empty, full or partial, in O((S / 128)^2) time and memory.
 
-    The search for these blocks takes a few (S, S) bool tensors, once a batch.
+    Without a window the blocks are those of `create_block_mask`, which takes O(S^2); with one, some empty blocks count
+    as partial.
+
+    Args:
+        ends, positions: (S,), `subtree_ends` and `position_ids` of a tree.
+        window: of `Layer`.
     """
-    ends = tree["subtree_ends"]
+    size = len(ends)
+    blocks = torch.arange(-(-size // BLOCK_SIZE) * BLOCK_SIZE, device=ends.device).clamp(max=size - 1)
+    blocks = blocks.view(-1, BLOCK_SIZE)  # row indices, the last one repeated
+    first, last = blocks[:, :1], blocks[:, -1:]  # of a block of queries
+    least_end, greatest_end = ends[blocks].aminmax(dim=1)  # of a block of keys
+    some = (first >= first.T) & (greatest_end > first)
+    every = (first > first.T) & (least_end > last)
+    if window is not None:
+        least, greatest = positions[blocks].aminmax(dim=1)
+        some &= least[:, None] - greatest < window
+        every &= greatest[:, None] - least < window
+    if size % BLOCK_SIZE:
+        every[-1] = False  # queries beyond the row see nothing
 
     def attends(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (j <= i) & (i < ends[j])
 
-    block_mask = create_block_mask(attends, None, None, len(ends), len(ends), device=ends.device)
+    def attends_in_window(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return attends(batch, head, i, j) & (positions[j] > positions[i] - window)
+
+    return BlockMask.from_kv_blocks(
+        *_list_blocks(some & ~every),
+        *_list_blocks(every),
+        BLOCK_SIZE=BLOCK_SIZE,
+        mask_mod=attends if window is None else attends_in_window,
+        seq_lengths=(size, size),
+    )
+
+
+def _list_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The number (1, 1, n) of blocks of keys that each of n blocks of queries has, and (1, 1, n, n) these first."""
+    number = blocks.sum(1, dtype=torch.int32)
+    return number[None, None], blocks.int().argsort(dim=1, descending=True, stable=True).int()[None, None]
+
+
+def _prepare_flex(tree: dict[str, Tensor]) -> Attend:
+    """Flex attention over the row, which skips the empty blocks of the (S, S) mask."""
+    ends, positions = tree["subtree_ends"], tree["position_ids"][0]
     flex = compiled_flex_attention() if ends.is_cuda else flex_attention
-    return lambda query, key, value, scaling: flex(query, key, value, block_mask=block_mask, scale=scaling)
+
+    @functools.cache
+    def block_mask(window: int | None) -> BlockMask:
+        return tree_block_mask(ends, positions, window)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
+        options = {"block_mask": block_mask(layer.window), "scale": layer.scaling}
+        if layer.softcap is not None:
+            options["score_mod"] = _cap(layer.softcap)
+        if layer.sinks is None:
+            return flex(query, key, value, **options)
+        output, more = flex(query, key, value, **options, return_aux=AuxRequest(lse=True))
+        return _add_sinks(output, more.lse, layer.sinks)
+
+    return attend
 
 
 def _prepare_mask(tree: dict[str, Tensor]) -> Attend:
-    """Scaled-dot-product attention over the row with an (S, S) mask."""
-    ends = tree["subtree_ends"]
-    index = torch.arange(len(ends), device=ends.device)
-    mask = (index <= index[:, None]) & (index[:, None] < ends)
-    return lambda query, key, value, scaling: F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    """Attention over the row with an (S, S) mask."""
+    ends, positions = tree["subtree_ends"], tree["position_ids"][0]
+
+    @functools.cache
+    def mask(window: int | None) -> Tensor:
+        index = torch.arange(len(ends), device=ends.device)
+        attends = (index <= index[:, None]) & (index[:, None] < ends)
+        return attends if window is None else attends & (positions > positions[:, None] - window)
+
+    return lambda query, key, value, layer: _attention(query, key, value, mask(layer.window), layer)
 
 
 @functools.cache
@@ -273,11 +416,11 @@ def compiled_flex_attention() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def choose_attention(config: LlamaConfig, batching: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_attention(config: PreTrainedConfig, batching: str, device: torch.device, dtype: torch.dtype) -> str:
     """Picks the attention of a model and logs it.
 
     Trees on a GPU use flex attention; where it does not compile, and on devices other than CPU and CUDA, attention
-    with a mask. A model with attention dropout is padded, because a shared token cannot be dropped twice.
+    with a mask. Models for which trees are not the same function as padded rows, or not known to be, are padded.
 
     Args:
         config: of the model.
@@ -286,12 +429,13 @@ def choose_attention(config: LlamaConfig, batching: str, device: torch.device, d
         dtype: in which it will compute there.
 
     Returns:
-        One of `TREE_ATTENTIONS`, or `sdpa` for padded batches.
+        One of `TREE_ATTENTIONS`, or for padded batches `sdpa`, or `eager` where the model does not support it.
     """
-    if batching == "padded" or config.attention_dropout > 0:
-        reason = " (the model has attention dropout)" if batching == "tree" else ""
-        logger.info("batching: padded, attention: sdpa%s", reason)
-        return "sdpa"
+    obstacle = _find_obstacle(config) if batching == "tree" else None
+    if batching == "padded" or obstacle:
+        kind = "sdpa" if MODEL_MAPPING[type(config)]._supports_sdpa else "eager"
+        logger.info("batching: padded, attention: %s%s", kind, f" ({obstacle})" if obstacle else "")
+        return kind
     kind = {"cpu": "tree_branches", "cuda": "tree_flex"}.get(device.type, "tree_mask")
     if kind == "tree_flex":
         try:
@@ -305,12 +449,32 @@ def choose_attention(config: LlamaConfig, batching: str, device: torch.device, d
     return kind
 
 
-def _try_flex(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Compiles and runs flex attention, forward and backward, at the head size of the model."""
+def _find_obstacle(config: PreTrainedConfig) -> str | None:
+    """Says why a model is not run on trees, or None."""
+    if config.model_type not in TREE_MODELS:
+        return f"trees are not tested for models of type {config.model_type}"
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        return "the model is not causal"
+    # A shared token has one state; it cannot be dropped in one sequence and kept in another.
+    fields = {name: value for name, value in config.to_dict().items() if "drop" in name and value}
+    dropout = [f"{name} {value}" for name, value in fields.items() if name not in DROPOUT_OF_OTHER_HEADS]
+    return f"the model has dropout: {', '.join(dropout)}" if dropout else None
+
+
+def _try_flex(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Compiles and runs flex attention, forward and backward, as the layers of the model use it."""
     sequences = [list(range(200)), [*range(150), *range(300, 400)]]
     tree = {name: tensor.to(device) for name, tensor in build_token_tree(sequences).items()}
     attend = prepare_attention(tree, "tree_flex")
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (1, config.num_attention_heads, len(tree["subtree_ends"]), head_size)
+    num_heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    features = TREE_MODELS[config.model_type]
+    layer = Layer(
+        scaling=head_size**-0.5,
+        window=config.sliding_window if "window" in features else None,
+        softcap=config.attn_logit_softcapping if "softcap" in features else None,
+        sinks=torch.zeros(num_heads, device=device, dtype=dtype) if "sinks" in features else None,
+    )
+    shape = (1, num_heads, len(tree["subtree_ends"]), head_size)
     query = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-    attend(query, query, query, head_size**-0.5).sum().backward()
+    attend(query, query, query, layer).sum().backward()
