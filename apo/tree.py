@@ -201,7 +201,7 @@ def choose_attention(config: PreTrainedConfig, batching: str, device: torch.devi
     kind = {"cpu": "tree_branches", "cuda": "tree_flex"}.get(device.type, "tree_mask")
     if kind == "tree_flex":
         try:
-            _try_flex(config, device, dtype)
+            try_flex(config, device, dtype)
         except Exception as error:  # compilers, drivers and cards fail in many ways
             kind = "tree_mask"
             logger.warning(
@@ -223,7 +223,7 @@ def _find_obstacle(config: PreTrainedConfig) -> str | None:
     return f"the model has dropout: {', '.join(dropout)}" if dropout else None
 
 
-def _try_flex(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+def try_flex(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Compiles and runs flex attention, forward and backward, as the layers of the model use it."""
     sequences = [list(range(200)), [*range(150), *range(300, 400)]]
     tree = {name: tensor.to(device) for name, tensor in build_token_tree(sequences).items()}
