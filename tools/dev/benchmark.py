@@ -66,14 +66,6 @@ CONTESTANTS = {
 }
 WORKLOADS = {"hh_pairs": 512, "apo_groups": 512, "long_prompts": 2048}  # and their longest sequences
 LONG_PROMPT, SHORT_RESPONSE = 1500, 64  # tokens, of long_prompts
-COLUMNS = {
-    "items_per_second": ("items/s", ".2f"),
-    "tokens_per_pair": ("tokens/pair", ".0f"),
-    "tokens_per_response": ("tokens/response", ".0f"),
-    "peak_memory_mib": ("peak MiB", ",.0f"),
-    "share_of_matrix_rate": ("of matrix rate", ".1%"),
-    "check": ("check", ".5f"),
-}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 Row = dict[str, Any]  # of `tokenize_records`
@@ -278,8 +270,8 @@ def measure(contestant: Contestant, groups: list[Row], args: argparse.Namespace)
         "items_per_second": len(groups) / seconds,
         f"tokens_per_{unit}": contestant.num_tokens / num_units,
         "peak_memory_mib": (peak_memory() - before) / 2**20,
-        "tflops_per_second": contestant.operations_per_token * contestant.num_tokens / seconds / 1e12,
         "check": check,
+        "operations_per_second": contestant.operations_per_token * contestant.num_tokens / seconds,
     }
 
 
@@ -290,10 +282,9 @@ def race(contestants: list[Contestant], rounds: list[list[Row]], args: argparse.
     results: dict[str, list[dict]] = {contestant.name: [] for contestant in contestants}
     for i, groups in enumerate(rounds):
         measured = {contestant.name: measure(contestant, groups, args) for contestant in contestants}
-        rate = matrix_rate(first.num_tokens // first.num_passes, weight) / 1e12
+        rate = matrix_rate(first.num_tokens // first.num_passes, weight)
         for name, values in measured.items():
-            share = values["tflops_per_second"] / rate
-            results[name].append({**values, "matrix_tflops_per_second": rate, "share_of_matrix_rate": share})
+            results[name].append(values | {"share_of_matrix_rate": values.pop("operations_per_second") / rate})
         speeds = ", ".join(f"{name} {history[-1]['items_per_second']:.3g}" for name, history in results.items())
         print(f"round {i} of {args.rounds}: {speeds} items/s", file=sys.stderr)
     return {name: history[1:] for name, history in results.items()}
@@ -315,14 +306,10 @@ def summarize(results: dict[str, list[dict]]) -> dict[str, dict[str, Any]]:
 
 
 def format_race(summary: dict[str, dict[str, Any]]) -> str:
-    """The table of one workload."""
-    first, *_ = summary
-    columns = {key: column for key, column in COLUMNS.items() if key in summary[first]}
-    rows = []
-    for name, values in summary.items():
-        ratio = "{:.2f} ({:.2f} to {:.2f})".format(values["first_is_faster"], *values["first_is_faster_range"])
-        rows.append((name, *(format(values[key], spec) for key, (_, spec) in columns.items()), ratio))
-    return format_table(("contestant", *(title for title, _ in columns.values()), f"{first} is faster by"), rows)
+    """The table of one workload; the ranges and rounds are in the file only."""
+    keys = [key for key, value in next(iter(summary.values())).items() if isinstance(value, float)]
+    rows = [(name, *(f"{values[key]:.5g}" for key in keys)) for name, values in summary.items()]
+    return format_table(("contestant", *keys), rows)
 
 
 def parse_args() -> argparse.Namespace:
