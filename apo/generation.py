@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from apo.cli import InputError, describe_counts, first_few, locked
@@ -25,27 +25,21 @@ logger = logging.getLogger(__name__)
 class Decoding:
     """How responses are drawn; the names are those of transformers, and of the flags.
 
-    `temperature` 0 is greedy, `top_k` 0 all tokens, `top_p` 1 and `repetition_penalty` 1 are off.
+    `temperature` 0 is greedy, `top_k` 0 all tokens, `top_p` 1 and `repetition_penalty` 1 are off. The defaults are the
+    reference's for sampling, which names no top_k; the transformers of its time then took 50.
     """
 
-    num_samples: int
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    max_new_tokens: int
+    num_samples: int = 4
+    temperature: float = 1.2
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 256
 
 
-# The reference's settings. Its sampling names no top_k; the transformers of its time then took 50.
-DECODING = {
-    "sampling": Decoding(
-        num_samples=4, temperature=1.2, top_k=50, top_p=1.0, repetition_penalty=1.0, max_new_tokens=256
-    ),
-    "testing": Decoding(
-        num_samples=1, temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05, max_new_tokens=512
-    ),
-}
-LLAMA_2_CHAT_SAMPLING = replace(DECODING["sampling"], temperature=0.6, top_p=0.9)
+TESTING = Decoding(num_samples=1, temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05, max_new_tokens=512)
+DECODING = {"sampling": Decoding(), "testing": TESTING}  # the reference's
+LLAMA_2_CHAT_SAMPLING = Decoding(temperature=0.6, top_p=0.9)
 
 
 def derive_seed(seed: int, query_id: str, sample: int) -> int:
@@ -138,6 +132,6 @@ def generate_responses(
             progress=process_rank() == 0,
         )
     if records is not None and len(records) < len(prompts) and not may_miss:
-        num = len(prompts) - len(records)
-        raise InputError(f"{num} of {len(prompts)} prompts have no response; start again, or allow it: --skip_refused")
+        found = f"{len(prompts) - len(records)} of {len(prompts)} prompts have no response"
+        raise InputError(f"{found}; start again, or allow it: --skip_refused")
     return records

@@ -157,10 +157,8 @@ class LocalEngine:
         self.token_ids = dict(zip(rendered, token_ids, strict=True))
         num_tokens = max(map(len, token_ids)) + decoding.max_new_tokens
         if num_tokens > config.max_position_embeddings:
-            raise InputError(
-                f"the longest prompt and its response can have {num_tokens} tokens, the model has "
-                f"{config.max_position_embeddings} positions; lower --max_length or --max_new_tokens"
-            )
+            found = f"{num_tokens} tokens of a prompt and its response, {config.max_position_embeddings} positions"
+            raise InputError(f"found up to {found}; lower --max_length or --max_new_tokens")
         # The longest first: a batch that is too large for memory fails at once.
         order = sorted(rendered, key=lambda prompt: -len(self.token_ids[prompt]))
         batch_size = flags.per_device_eval_batch_size
@@ -194,10 +192,9 @@ class LocalEngine:
             try:
                 texts = self.continue_prompts(model, [self.token_ids[prompt] for prompt in batch], seeds)
             except torch.OutOfMemoryError as error:
-                raise InputError(
-                    f"{len(batch)} prompts x {num_samples} responses at a time do not fit into the GPU's memory; "
-                    "expected a smaller --per_device_eval_batch_size; finished responses are kept"
-                ) from error
+                found = f"{len(batch)} prompts x {num_samples} responses do not fit into the GPU's memory"
+                expected = "expected a smaller --per_device_eval_batch_size; finished responses are kept"
+                raise InputError(f"{found}; {expected}") from error
             for i, prompt in enumerate(batch):
                 if prompt in todo:
                     keep(prompt, texts[i * num_samples : (i + 1) * num_samples])

@@ -40,31 +40,24 @@ class ScoredPrompt:
     @property
     def trainable(self) -> list[str]:
         """The candidates that training data can hold: those without `<sep>`, which ends the prompt there."""
-        is_valid = SEPARATOR not in self.query
-        return [key for key in self.candidates if is_valid and SEPARATOR not in self.responses[key]]
+        return [key for key in self.candidates if SEPARATOR not in self.query + self.responses[key]]
 
 
-def find_score_file(data_path: Path, score_path: Path | None, rm_scorer: str | None) -> Path:
-    """Returns the file of rewards: `score_path`, or the one in that folder that was written for the data.
+def find_score_file(data_path: Path, score_path: Path, rm_scorer: str | None) -> Path:
+    """Returns `score_path`, or if that is a folder the file of rewards there that was written for the data.
 
-    Args:
-        data_path: the sampled responses; scoring them wrote `<stem of data_path>_pred_<suffix>_results.json`.
-        score_path: a file, a folder, or with `rm_scorer` None for the folder of the data.
-        rm_scorer: that suffix; None where a folder holds the rewards of one reward model only.
+    That is `<stem of data_path>_pred_<rm_scorer>_results.json`; without a suffix `rm_scorer` the only such file.
     """
-    if score_path is None and not rm_scorer:
-        raise InputError("found neither --score_path nor --rm_scorer, expected one of them; " + ADVICE)
-    folder = data_path.parent if score_path is None else score_path
-    if not folder.is_dir():
-        return folder
+    if not score_path.is_dir():
+        return score_path
     stem = data_path.name.split(".json")[0]  # as train.py names it
     name = f"{stem}_pred_{rm_scorer or '<suffix>'}_results.json"
     pattern = glob.escape(name) if rm_scorer else f"{glob.escape(stem)}_pred_*_results.json"
-    matches = sorted(path.name for path in folder.glob(pattern))
+    matches = sorted(path.name for path in score_path.glob(pattern))
     if len(matches) != 1:
-        found = first_few(matches) or "none"
-        raise InputError(f"{folder}: found {found}; expected one {name}; name the suffix by --rm_scorer, or {ADVICE}")
-    return folder / matches[0]
+        found = f"found {first_few(matches) or 'none'}, expected one {name}"
+        raise InputError(f"{score_path}: {found}; see --rm_scorer, or {ADVICE}")
+    return score_path / matches[0]
 
 
 def load_scored_prompts(data_path: Path, score_path: Path, response_keys: Iterable[str] = ()) -> list[ScoredPrompt]:
@@ -104,11 +97,6 @@ def check_origin(data_path: Path, score_path: Path, allow_changes: bool) -> dict
         found = "; ".join(f"{name} is {now[name]}, recorded is {recorded[name]}" for name in different)
         refuse(f"{score_path}: not the rewards of {data_path} as it is now: {found}; score it again", allow_changes)
     return now
-
-
-def with_target(prompt: ScoredPrompt) -> dict[str, Any]:
-    """Returns the record with its best response as "target" and all rewards as "scores", as the reference does."""
-    return {**prompt.record, "target": prompt.responses[prompt.candidates[0]], "scores": prompt.rewards}
 
 
 def to_pairs(prompts: list[ScoredPrompt]) -> list[dict[str, str]]:

@@ -16,7 +16,6 @@ import logging
 import os
 import random
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import wait
@@ -31,11 +30,8 @@ from apo.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
-OPENAI = "https://api.openai.com/v1"
-RETRY_DELAY = 0.5  # seconds before the first retry, doubled for each further one up to
-MAX_RETRY_DELAY = 8.0
-MAX_RETRY_AFTER = 60.0  # what a server may ask for
-RETRY_LINE = 5.0  # seconds between two lines about retries
+RETRY_DELAY = 0.5  # seconds before the first retry
+RETRIED = "were asked for again"
 KEPT = "all responses so far are kept: the same command resumes"
 
 
@@ -65,18 +61,15 @@ class ServerEngine:
     ) -> None:
         """Makes the client; connects to no server yet.
 
-        Args:
-            rendered: prompt -> its text, or the messages of a chat.
-            body: the fields of all requests, but for prompt and seed.
-            flags: those of `add_server_flags`, and the `seed` of the run; without one requests have no seed.
-            num_samples: responses of a prompt, each one request.
-            stop_strings: where responses will be cut.
+        `rendered` has the text of each prompt, or the messages of a chat, and `body` all other fields of the requests
+        but the seed. `flags` are those of `add_server_flags`, and the `seed` of the run; None sends none. A prompt has
+        `num_samples` requests.
 
         Raises:
             InputError: no server is named, or the address or the key cannot be one.
         """
         key = os.environ.get("OPENAI_API_KEY", "").strip()
-        address = flags.base_url or os.environ.get("OPENAI_BASE_URL") or (OPENAI if key else "")
+        address = flags.base_url or os.environ.get("OPENAI_BASE_URL") or ("https://api.openai.com/v1" if key else "")
         if not address:
             raise InputError("found neither --base_url nor OPENAI_API_KEY in the environment, expected one of them")
         logging.getLogger("httpx2").setLevel(logging.WARNING)  # otherwise one line per request
@@ -99,7 +92,7 @@ class ServerEngine:
         limits = httpx2.Limits(max_keepalive_connections=flags.concurrency)
         self._client = httpx2.AsyncClient(headers=headers, timeout=None, limits=limits)
         self._rendered, self._body, self._flags, self._num_samples = rendered, body, flags, num_samples
-        self._ending, self._next_line = asyncio.Event(), 0.0
+        self._ending = asyncio.Event()
         self.remarks: Counter[str] = Counter()
         self.missing: Counter[str] = Counter()
         self.base_url = f"{url.scheme}://{url.netloc.decode()}{url.path}".rstrip("/")  # without a password
@@ -139,7 +132,7 @@ class ServerEngine:
 
         workers = [asyncio.ensure_future(work()) for _ in range(self._flags.concurrency)]
         await asyncio.wait(workers, return_when=asyncio.FIRST_EXCEPTION)
-        self._ending.set()
+        self._ending.set()  # after a failure: the others end, too
         outcomes = await asyncio.gather(*workers, return_exceptions=True)
         for error in filter(None, outcomes):
             raise error
@@ -181,13 +174,12 @@ class ServerEngine:
             except (httpx2.RequestError, asyncio.TimeoutError, OSError) as error:
                 found = f"no response ({shorten(str(error)) or f'{type(error).__name__}, --timeout is {timeout:g} s'})"
             if retries == most or self._ending.is_set():
-                raise InputError(f"found {found} after {retries} retries, expected a running server there")
-            delay = retry_delay(retries, wish)
-            if time.monotonic() >= self._next_line:
-                self._next_line = time.monotonic() + RETRY_LINE
-                logger.warning("retrying in %.1f s (%d of %d): found %s", delay, retries + 1, most, found)
+                raise InputError(f"found {found} after {retries} retries, expected a server that runs and responds")
+            if not self.remarks[RETRIED]:
+                logger.warning("found %s, trying again; further retries are counted", found)
+            self.remarks[RETRIED] += 1
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._ending.wait(), delay)
+                await asyncio.wait_for(self._ending.wait(), retry_delay(retries, wish))
 
     async def _exchange(self, path: str, content: bytes) -> tuple[int, str | None, bytes]:
         """Posts once; returns status, Retry-After, and the body up to where it is too large."""
@@ -202,7 +194,7 @@ class ServerEngine:
 
 def retry_delay(retries: int, wish: str | None) -> float:
     """Returns the seconds until the next try: doubled each time up to 8, or what Retry-After says up to 60."""
-    delay = min(RETRY_DELAY * 2 ** min(retries, 9), MAX_RETRY_DELAY) * random.uniform(0.75, 1)
+    delay = min(RETRY_DELAY * 2 ** min(retries, 9), 8.0) * random.uniform(0.75, 1)
     with contextlib.suppress(ValueError):  # a date
-        delay = min(max(delay, float(wish or 0)), MAX_RETRY_AFTER)
+        delay = min(max(delay, float(wish or 0)), 60.0)
     return delay

@@ -32,10 +32,9 @@ logger = logging.getLogger("annotate_golden")
 
 BYTES_PER_TOKEN = 3  # of UTF-8: English has about 4, Chinese and Japanese one character of 3
 TOKENS_PER_MESSAGE = 4  # role and delimiters
-Messages = list[dict[str, str]]
 
 
-def estimate_prompt_tokens(dialogues: Iterable[Messages]) -> int:
+def estimate_prompt_tokens(dialogues: Iterable[list[dict[str, str]]]) -> int:
     """Estimates the prompt tokens of chats, rather high: one token for 3 bytes, and 4 for each message."""
     messages = [message for dialogue in dialogues for message in dialogue]
     return sum(math.ceil(len(m["content"].encode()) / BYTES_PER_TOKEN) + TOKENS_PER_MESSAGE for m in messages)
@@ -52,8 +51,7 @@ def parse_args() -> argparse.Namespace:
     add("--temperature", type=at_least(0.0), help="(default: that of the server; some models accept no other)")
     add("--max_new_tokens", type=at_least(1), default=512, help="tokens of a response (default: 512)")
     add("--seed", type=int, help="the server gets one for each response, and may ignore it (default: none)")
-    price = "of a million prompt and completion tokens, in any currency"
-    add("--price_per_million", nargs=2, type=at_least(0.0), metavar=("INPUT", "OUTPUT"), help=price)
+    add("--price_per_million", nargs=2, type=at_least(0.0), metavar=("INPUT", "OUTPUT"), help="of tokens, to estimate")
     add("--dry_run", action="store_true", help="estimate the cost, send no request")
     add_server_flags(parser)
     args = parser.parse_args()

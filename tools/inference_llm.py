@@ -8,9 +8,8 @@ writes `<output_dir>/<model_prefix>_<task_type>_<data_suffix>_results.json`, in 
     {"query_id": "...", "query": "<prompt>", "sample_0": " <response>", "sample_1": ...}
 
 With `--engine transformers` (`python`, or `torchrun` for several GPUs) the same seed gives the same responses on any
-number of processes and after any interruption, as long as each has the same number of threads; with another batch
-size, in float32 only: in bfloat16 rounding may change a token. With `--engine openai` a server generates them (vLLM,
-SGLang), and of a changed file only the new prompts.
+number of processes and after any interruption; docs/differences.md has the limits. With `--engine openai` a server
+generates them (vLLM, SGLang), and of a changed file only the new prompts.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ def parse_args() -> tuple[argparse.Namespace, Decoding]:
     add("--output_dir", type=Path, required=True, help="folder to write to; created if it does not exist")
     add("--task_type", choices=DECODING, required=True, help="sampling: four responses; testing: one, nearly greedy")
     add("--engine", choices=("transformers", "openai"), default="transformers", help="(default: transformers)")
-    templates = "plain: as in the file (default); chat: the model's own"
-    add("--prompt_template", choices=TEMPLATES, default="plain", help=templates)
+    add("--prompt_template", choices=TEMPLATES, default="plain", help="plain: as in the file; chat: the model's own")
     add("--seed", type=int, default=42, help="a server gets one for each response and may ignore it (default: 42)")
     add = parser.add_argument_group("decoding", "default: sampling / testing / LLaMA-2-chat sampling").add_argument
     add("--num_samples", type=at_least(1), help="responses per prompt (default: 4 / 1 / 4)")
@@ -54,8 +52,7 @@ def parse_args() -> tuple[argparse.Namespace, Decoding]:
     add = parser.add_argument_group("engine transformers").add_argument
     add("--max_length", type=at_least(1), default=512, help="prompt tokens; only the last are kept (default: 512)")
     add("--per_device_eval_batch_size", type=at_least(1), default=8, help="prompts at a time (default: 8)")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="auto", help="auto: that of the checkpoint")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
     add_server_flags(parser)
 
     args = parser.parse_args()

@@ -46,8 +46,7 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     add = (parser := OneLineParser(description=__doc__)).add_argument
     add("--data_path", type=Path, required=True, help='records of "query_id", "query", "sample_0", ...')
-    score_help = "what train.py --task_type inference wrote: <data>_pred_<suffix>_results.json, or its folder "
-    add("--score_path", type=Path, help=score_help + "(default with --rm_scorer: the folder of the data)")
+    add("--score_path", type=Path, required=True, help="<data>_pred_<suffix>_results.json of train.py, or its folder")
     add("--rm_scorer", help="<suffix> of that file, for a folder with the rewards of several models")
     add("--response_keys", nargs="+", default=[], help="those of train.py, if the rewards were made with any")
     add("--output_dir", type=Path, default=Path(), help="folder to write to (default: this one)")
@@ -82,7 +81,8 @@ def main() -> None:
     for output in outputs.values():
         refuse_overwriting(args.data_path, output)
         refuse_overwriting(score_path, output)
-    write_json(outputs["target"], [selection.with_target(prompt) for prompt in prompts])
+    records = [{**p.record, "target": p.responses[p.candidates[0]], "scores": p.rewards} for p in prompts]
+    write_json(outputs["target"], records)
     if args.to_pairs:
         write_json(outputs["pairs"], pairs)
         write_json(outputs["text_scores"], selection.to_text_scores(prompts))

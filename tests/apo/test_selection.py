@@ -21,7 +21,6 @@ from apo.selection import (
     share_of_ties,
     to_pairs,
     to_text_scores,
-    with_target,
 )
 from apo.statistics import best_of_weights, expected_best, mean_and_interval
 
@@ -51,9 +50,6 @@ def test_best_response_is_the_first_nonempty_one_with_the_largest_reward():
     """Rewards 5, 1, 2, 2, 0: the response with 5 is white space; of the two with 2 the first is taken."""
     prompt = scored((" \n", 5.0), (" a", 1.0), (" b", 2.0), (" c", 2.0), (" d", 0.0))
     assert prompt.candidates == ["sample_2", "sample_3", "sample_1", "sample_4"]
-    record = with_target(prompt)
-    assert record["target"] == " b"
-    assert record["scores"] == {"sample_0": 5.0, "sample_1": 1.0, "sample_2": 2.0, "sample_3": 2.0, "sample_4": 0.0}
 
 
 def test_pair_is_best_over_worst_of_the_trainable_responses():
@@ -159,15 +155,12 @@ def test_score_file_may_be_given_by_its_folder_and_suffix(tmp_path):
     apo = write_records(folder / "samples_pred_apo_results.json", [])
     assert find_score_file(data, folder, "apo") == apo
     assert find_score_file(data, base, None) == base
-    assert find_score_file(folder / "samples.json", None, "apo") == apo
-    for score_path, suffix, message in (
-        (folder, None, "found samples_pred_apo_results.json; samples_pred_base_results.json; expected one"),
-        (folder, "*", r"found none; expected one samples_pred_\*_results.json; name the suffix by --rm_scorer"),
-        (None, "apo", f"{tmp_path}: found none; expected one samples_pred_apo_results.json"),
-        (None, None, "found neither --score_path nor --rm_scorer"),
+    for suffix, message in (
+        (None, "found samples_pred_apo_results.json; samples_pred_base_results.json, expected one"),
+        ("*", r"found none, expected one samples_pred_\*_results.json; see --rm_scorer"),
     ):
         with pytest.raises(InputError, match=message):
-            find_score_file(data, score_path, suffix)
+            find_score_file(data, folder, suffix)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from apo import server as server_module
 from apo.cli import InputError
 from apo.completion import TRUNCATED
 from apo.prompts import Prompt
-from apo.server import ServerEngine, retry_delay
+from apo.server import RETRIED, ServerEngine, retry_delay
 
 KEY = "sk-very-secret"
 
@@ -54,7 +54,7 @@ def test_temporary_failures_are_retried_and_change_no_response(server, undisturb
     assert run(engine) == undisturbed
     assert len({(body["prompt"], body["seed"]) for body in server.completed()}) == len(server.completed()) == 12
     assert len(server.requests) == 17
-    assert engine.remarks == {TRUNCATED: 12}
+    assert engine.remarks == {TRUNCATED: 12, RETRIED: 5}
 
 
 def test_a_request_that_takes_too_long_is_retried(server, undisturbed):
@@ -99,7 +99,7 @@ def test_a_permanent_failure_is_one_line(server, failure, message, num_requests)
 
 def test_an_unreachable_server_is_one_line(server):
     engine = make_engine(server, num_prompts=1, base_url="http://127.0.0.1:9/v1", max_retries=1)
-    with pytest.raises(InputError, match=r"127.0.0.1:9/v1.*found no response \(.*fail.*expected a running server"):
+    with pytest.raises(InputError, match=r"127.0.0.1:9/v1.*found no response \(.*fail.*expected a server that runs"):
         run(engine)
 
 

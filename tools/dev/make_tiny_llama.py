@@ -23,15 +23,12 @@ DEFAULT_CORPUS = (
     SAMPLE_DIR / "rm_data" / "hh_split_rm.golden.json",
     SAMPLE_DIR / "rm_data" / "hh_split_rm_llm_v0.sample.json",
 )
-NOT_TEXT = ("query_id", "type", "scores")
+NOT_TEXT = ("query_id", "type")
 NUM_FIXED_PIECES = 3 + 256  # special tokens and bytes
 
 
 def read_corpus(paths: Iterable[str | Path]) -> list[str]:
-    """Returns the non-empty lines of all fields of the records that are texts or lists of texts.
-
-    `<sep>` ends a line too.
-    """
+    """Returns the non-empty lines of all fields that are texts or lists of texts; `<sep>` ends a line too."""
     fields = (field for path in paths for _, record in iter_records(path) for field in record.items())
     values = (value if isinstance(value, list) else [value] for name, value in fields if name not in NOT_TEXT)
     texts = (text for value in values for text in value if isinstance(text, str))
@@ -76,12 +73,10 @@ def parse_args() -> argparse.Namespace:
     add("--hidden_size", type=at_least(1), default=64, help="a multiple of twice the heads (default: 64)")
     add("--num_layers", type=at_least(1), default=2, help="transformer layers (default: 2)")
     add("--num_heads", type=at_least(1), default=4, help="attention heads (default: 4)")
-    vocab = f"rows of the embedding, the most pieces; {NUM_FIXED_PIECES} are fixed (default: 1024)"
-    add("--vocab_size", type=at_least(NUM_FIXED_PIECES + 1), default=1024, help=vocab)
+    add("--vocab_size", type=at_least(NUM_FIXED_PIECES + 1), default=1024, help="embedding rows (default: 1024)")
     add("--max_position_embeddings", type=at_least(1), default=512, help="longest input (default: 512)")
     add("--seed", type=int, default=42, help="seed of the random weights (default: 42)")
-    files = "texts for the tokenizer: JSON, JSONL and parquet records (default: data/sample)"
-    add("--corpus", nargs="+", default=DEFAULT_CORPUS, help=files)
+    add("--corpus", nargs="+", default=DEFAULT_CORPUS, help="records to train the tokenizer on (default: data/sample)")
     args = parser.parse_args()
     if args.hidden_size % (2 * args.num_heads):  # rotary positions rotate pairs
         expected = f"expected a hidden size that is a multiple of twice the heads, such as {16 * args.num_heads}"
