@@ -34,6 +34,8 @@ ABSENT_SCORE = -1.0  # marks an absent response in a ragged (B, R) score matrix
 TOKENIZE_BATCH_SIZE = 512
 DATASET_VERSION = 5  # part of the cache key: raise it when the rows of `tokenize_records` change
 
+TokenIds = tuple[list[int], list[int]]  # of a prompt and of a response to it
+
 
 # ------------------------------------------------------------------------------------------------ tokenising
 
@@ -72,16 +74,16 @@ def preferred_pairs(scores: list[float]) -> list[tuple[int, int]]:
 
 
 def encode_records(
-    placed: Iterable[tuple[Any, PreferenceRecord]], tokenizer: RewardTokenizer
-) -> Iterator[tuple[Any, PreferenceRecord, list[tuple[list[int], list[int]]]]]:
-    """Adds to each (place, record) the (prompt ids, response ids) of its responses; no border merges."""
-    placed = iter(placed)
-    while batch := list(itertools.islice(placed, TOKENIZE_BATCH_SIZE)):
-        prompts = list(dict.fromkeys(prompt for _, record in batch for prompt in record.prompts))
+    records: Iterable[PreferenceRecord], tokenizer: RewardTokenizer
+) -> Iterator[tuple[PreferenceRecord, list[TokenIds]]]:
+    """Yields each record with the token ids of its responses; prompt and response are encoded apart."""
+    records = iter(records)
+    while batch := list(itertools.islice(records, TOKENIZE_BATCH_SIZE)):
+        prompts = list(dict.fromkeys(prompt for record in batch for prompt in record.prompts))
         prompt_ids = dict(zip(prompts, tokenizer.encode(prompts), strict=True))
-        response_ids = iter(tokenizer.encode([response for _, record in batch for response in record.responses]))
-        for place, record in batch:
-            yield place, record, [(prompt_ids[prompt], next(response_ids)) for prompt in record.prompts]
+        response_ids = iter(tokenizer.encode([response for record in batch for response in record.responses]))
+        for record in batch:
+            yield record, [(prompt_ids[prompt], next(response_ids)) for prompt in record.prompts]
 
 
 def tokenize_records(
@@ -96,14 +98,14 @@ def tokenize_records(
 
     Row: `input_ids` R lists of ids, `scores` R normalised scores, five fields of the record, three counts: `num_pairs`
     (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical` (pairs
-    whose two sequences became the same, from which nothing can be learnt), and three sizes in tokens: `length` (of all
-    sequences as a prefix tree), `num_tokens` (their sum), `longest`.
+    whose two sequences became the same, from which nothing can be learnt), and the sizes of `count_tokens`.
     """
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
-    for _, record, pairs_ids in encode_records(enumerate(records), tokenizer):
+    for record, pairs_ids in encode_records(records, tokenizer):
         sequences = [build_sequence(*ids, tokenizer, **settings) for ids in pairs_ids]
         num_special = 2 + add_sep_token
         scores = normalize_scores(record.scores)
+        pairs = preferred_pairs(scores)
         yield {
             "input_ids": sequences,
             "scores": scores,
@@ -113,18 +115,17 @@ def tokenize_records(
             "passed_over": record.passed_over,
             "doubts": record.doubts,
             "num_truncated": sum(len(p) + len(r) + num_special > max_length for p, r in pairs_ids),
-            **_count_pairs(scores, sequences),
-            **_count_tokens(sequences),
+            "num_pairs": len(pairs),
+            "num_identical": sum(sequences[i] == sequences[j] for i, j in pairs),
+            **count_tokens(sequences),
         }
 
 
-def _count_pairs(scores: list[float], sequences: list[list[int]]) -> dict[str, int]:
-    pairs = preferred_pairs(scores)
-    return {"num_pairs": len(pairs), "num_identical": sum(sequences[i] == sequences[j] for i, j in pairs)}
+def count_tokens(sequences: list[list[int]]) -> dict[str, int]:
+    """Returns the sizes in tokens of an item: `length` (as a prefix tree), `num_tokens` (the sum), `longest`.
 
-
-def _count_tokens(sequences: list[list[int]]) -> dict[str, int]:
-    """In sorted order, the longest prefix that a sequence shares with an earlier one is shared with its neighbour."""
+    In sorted order, the longest prefix that a sequence shares with an earlier one is shared with its neighbour.
+    """
     shared = [
         next(itertools.compress(itertools.count(), map(operator.ne, first, second)), min(len(first), len(second)))
         for first, second in itertools.pairwise(sorted(sequences))
@@ -144,8 +145,8 @@ def _row_features() -> datasets.Features:
             "is_apo": value("bool"),
             "query_id": value("string"),
             **{name: datasets.List(value("string")) for name in ("response_keys", "passed_over", "doubts")},
-            **dict.fromkeys(("num_truncated", "num_pairs", "num_identical"), value("int32")),
-            **dict.fromkeys(("length", "num_tokens", "longest"), value("int32")),
+            **{name: value("int32") for name in ("num_truncated", "num_pairs", "num_identical")},
+            **{name: value("int32") for name in ("length", "num_tokens", "longest")},
         }
     )
 
