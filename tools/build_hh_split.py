@@ -25,7 +25,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from apo.cli import (
     BadField,
@@ -53,17 +53,8 @@ FILES = {  # file -> its parts
     "eval_data/hh_cleaned_origin.test.json": ("test",),
 }
 
-
-class Pair(NamedTuple):
-    """Two responses to one prompt, the chosen one preferred."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    query_id: str
-
-
-Groups = dict[str, list[Pair]]  # prompt (white space normalised) -> its pairs
+Record = dict[str, Any]  # a text-scores record of two responses
+Groups = dict[str, list[Record]]  # prompt (white space normalised) -> its pairs
 
 
 def download(split: str) -> list[Path]:
@@ -122,7 +113,8 @@ def group_by_prompt(dialogues: Iterable[tuple[str, str]], dropped: Counter[str])
             dropped[reason or "duplicate"] += 1
             continue
         seen.add(query_id)
-        groups.setdefault(normalize_space(prompt), []).append(Pair(prompt, chosen, rejected, query_id))
+        record = {"text": [prompt + SEPARATOR + response for response in (chosen, rejected)], "scores": [1.0, 0.0]}
+        groups.setdefault(normalize_space(prompt), []).append({**record, "query_id": query_id})
     return groups
 
 
@@ -132,20 +124,13 @@ def remove_prompts(groups: Groups, test_groups: Groups, dropped: Counter[str]) -
         dropped["prompt also in test"] += len(groups.pop(prompt))
 
 
-def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, list[Pair]]:
+def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, list[Record]]:
     """Draws prompts into parts of given sizes (in pairs), and `REST`.
 
     A prompt goes, with all of its pairs, to the first part with enough room. So a part never has more pairs than its
-    size, and fewer only if no prompt that fits is left.
+    size, and fewer only if no prompt that fits is left. A part without a pair is an `InputError`.
     """
-    num_pairs, num_wanted = sum(map(len, groups.values())), sum(sizes.values())
-    flags = " ".join(f"--{name}_size {size}" for name, size in sizes.items())
-    if num_pairs <= num_wanted:
-        raise InputError(
-            f"found {num_pairs} training pairs after cleaning, expected more than {num_wanted} ({flags}), because the "
-            "rest is for the LLM; give smaller sizes"
-        )
-    parts: dict[str, list[Pair]] = {name: [] for name in (*sizes, REST)}
+    parts: dict[str, list[Record]] = {name: [] for name in (*sizes, REST)}
     prompts = list(groups)
     random.Random(seed).shuffle(prompts)
     for prompt in prompts:
@@ -153,17 +138,15 @@ def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, lis
         name = next((name for name, size in sizes.items() if len(parts[name]) + len(pairs) <= size), REST)
         parts[name] += pairs
     if empty := ", ".join(name for name, pairs in parts.items() if not pairs):
-        raise InputError(f"found no prompt that fits {empty} ({flags}), whose pairs stay together; give other sizes")
+        flags = " ".join(f"--{name}_size {size}" for name, size in sizes.items())
+        raise InputError(
+            f"found {sum(map(len, groups.values()))} training pairs after cleaning, none of which is left for {empty} "
+            f"or fits there ({flags}), expected more, because the pairs of a prompt stay together; give other sizes"
+        )
     return parts
 
 
-def to_record(pair: Pair) -> dict[str, Any]:
-    """Returns a pair as a text-scores record."""
-    text = [pair.prompt + SEPARATOR + response for response in (pair.chosen, pair.rejected)]
-    return {"text": text, "scores": [1.0, 0.0], "query_id": pair.query_id}
-
-
-def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[str, Any]) -> dict[str, Any]:
+def write_split(output_dir: Path, parts: dict[str, list[Record]], manifest: dict[str, Any]) -> dict[str, Any]:
     """Writes the five files and the manifest, which get their names once all are complete, the manifest last.
 
     Returns the manifest's entry of each file.
@@ -175,8 +158,8 @@ def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[s
             temporary = stack.enter_context(replacing(output_dir / name))
             pairs = [pair for part in file_parts for pair in parts[part]]
             with open(temporary, "w", encoding="utf-8") as file:
-                json.dump([to_record(pair) for pair in pairs], file, ensure_ascii=False, indent=1)
-            num_prompts = len({normalize_space(pair.prompt) for pair in pairs})
+                json.dump(pairs, file, ensure_ascii=False, indent=1)
+            num_prompts = len({normalize_space(pair["text"][0].split(SEPARATOR)[0]) for pair in pairs})
             outputs[name] = {"pairs": len(pairs), "prompts": num_prompts, "sha256": sha256_of_file(temporary)}
         manifest_file.write_text(json.dumps({**manifest, "outputs": outputs}, indent=1), encoding="utf-8")
     return outputs

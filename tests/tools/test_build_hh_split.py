@@ -25,7 +25,6 @@ from tools.build_hh_split import (
     partition,
     remove_prompts,
     split_dialogue,
-    to_record,
 )
 
 RM, LLM, BOTH, VALID, TEST = FILES
@@ -56,8 +55,8 @@ def run_main(*arguments: object) -> int | None:
         sys.argv = argv
 
 
-def prompts_of(path: Path) -> list[str]:
-    return [record["text"][0].split("<sep>")[0] for record in read_json(path)]
+def prompts_of(records: list[dict]) -> list[str]:
+    return [record["text"][0].split("<sep>")[0] for record in records]
 
 
 # ------------------------------------------------------------------------------------------------ cleaning
@@ -72,7 +71,7 @@ def test_dialogue_is_split_after_its_last_assistant_turn():
 def test_record_is_the_pair_with_the_separator_and_its_hash():
     groups, _ = group(dialogues("Why?"))
     content = "Human: Why? Assistant:\nYes.\nNo."
-    assert [to_record(pair) for pair in groups["Human: Why? Assistant:"]] == [
+    assert groups["Human: Why? Assistant:"] == [
         {
             "text": [prompt("Why?") + "<sep> Yes.", prompt("Why?") + "<sep> No."],
             "scores": [1.0, 0.0],
@@ -101,9 +100,9 @@ def test_dialogues_that_make_no_pair_are_dropped_and_counted_by_reason():
         dialogues("How?\n\nAssistant: So."),
         {"chosen": "\n\nAssistant: So.", "rejected": "\n\nAssistant: No."},
     )
-    assert [[(pair.chosen, pair.rejected) for pair in pairs] for pairs in groups.values()] == [
-        [(" Yes.", " No."), (" No.", " Yes.")],
-        [(" So.", " No.")],
+    assert [[[text.split("<sep>")[1] for text in pair["text"]] for pair in pairs] for pairs in groups.values()] == [
+        [[" Yes.", " No."], [" No.", " Yes."]],
+        [[" So.", " No."]],
     ]
     assert dropped == {
         "duplicate": 1,
@@ -136,7 +135,7 @@ def test_pairs_of_a_prompt_stay_together_and_sizes_are_met():
     for seed in range(20):
         parts = partition(groups, {"rm": 4, "valid": 2}, seed)
         assert {name: len(pairs) for name, pairs in parts.items()} == {"rm": 4, "valid": 2, "llm": 5}
-        counts = [Counter(pair.prompt for pair in pairs) for pairs in parts.values()]
+        counts = [Counter(prompts_of(pairs)) for pairs in parts.values()]
         assert sum(map(len, counts)) == len(num_pairs)
         assert sum(counts, Counter()) == {prompt(str(n)): size for n, size in enumerate(num_pairs)}
 
@@ -150,12 +149,10 @@ def test_seed_determines_the_partition():
 
 def test_sizes_that_do_not_fit_are_refused():
     groups, _ = group(*(dialogues(str(n)) for n in range(5)))
-    with pytest.raises(
-        InputError, match=r"found 5 training pairs .* expected more than 5 \(--rm_size 3 --valid_size 2"
-    ):
+    with pytest.raises(InputError, match=r"found 5 training pairs .* left for llm .*--rm_size 3 --valid_size 2"):
         partition(groups, {"rm": 3, "valid": 2}, 0)
     groups, _ = group(*(dialogues("one", f" {n}.") for n in range(5)))
-    with pytest.raises(InputError, match=r"found no prompt that fits rm, valid \(--rm_size 2 --valid_size 1\)"):
+    with pytest.raises(InputError, match=r"left for rm, valid or fits there \(--rm_size 2 --valid_size 1\)"):
         partition(groups, {"rm": 2, "valid": 1}, 0)
 
 
@@ -181,12 +178,12 @@ def test_no_prompt_is_in_two_parts(train_records, test_records, rm_size, valid_s
         parts = partition(train, sizes, seed=0)
     except InputError:
         return
-    sides = [{normalize_space(pair.prompt) for pair in pairs} for pairs in parts.values()] + [set(test)]
+    sides = [set(map(normalize_space, prompts_of(pairs))) for pairs in parts.values()] + [set(test)]
     assert sum(map(len, sides)) == len(set().union(*sides)) == len(train) + len(test)
-    ids = [pair.query_id for pairs in parts.values() for pair in pairs]
+    ids = [pair["query_id"] for pairs in parts.values() for pair in pairs]
     assert len(ids) == len(set(ids)) == sum(map(len, train.values()))
     assert all(len(parts[name]) <= size for name, size in sizes.items())
-    smallest_left = min(len(train[normalize_space(pair.prompt)]) for pair in parts["llm"])
+    smallest_left = min(len(train[normalize_space(prompt)]) for prompt in prompts_of(parts["llm"]))
     assert all(len(parts[name]) + smallest_left > size for name, size in sizes.items())
 
 
@@ -211,7 +208,7 @@ def test_command_line_writes_the_layout_and_a_manifest_that_fits(sources, tmp_pa
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {*FILES, MANIFEST}
     assert {name: len(read_json(out / name)) for name in FILES} == {RM: 20, LLM: 28, BOTH: 48, VALID: 10, TEST: 8}
     assert read_json(out / BOTH) == read_json(out / RM) + read_json(out / LLM)
-    parts = [prompts_of(out / name) for name in (RM, LLM, VALID, TEST)]
+    parts = [prompts_of(read_json(out / name)) for name in (RM, LLM, VALID, TEST)]
     assert sum(map(len, parts)) == len(set().union(*parts)) == 66
     for name in FILES:
         assert all(record.scores == [1, 0] for record in load_preference_data(out / name, "comparison_pair", True))
