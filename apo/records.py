@@ -15,7 +15,6 @@ A field that is null is absent; one that nothing reads is named in `PreferenceRe
 from __future__ import annotations
 
 import codecs
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -27,8 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
-
-import orjson
 
 from apo.cli import BadField, InputError, describe, raise_bad_records
 from apo.prompts import DOUBTS, REASONING_TAG, ROLES, Prompt, find_doubts, normalize_space
@@ -51,28 +48,24 @@ T = TypeVar("T")
 Parser = Callable[[dict[str, Any], str], T]  # (record, id to use if it has none) -> result; raises `BadField`
 
 
-def iter_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def iter_records(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Reads a JSON list, JSON lines (both also as `.gz`) or a `.parquet` file. Only a JSON list is read at once.
 
     Yields:
         (place, record) in file order; the place is "record 3" (counted from 1), or "line 3" for JSON lines.
 
     Raises:
-        InputError: no such file, empty or broken (with the position); at the end, if a record is not a JSON object.
+        InputError: no such file, empty or broken (with the position).
     """
     path = Path(path)
     if not path.is_file() or path.suffix in (".csv", ".tsv"):
         found = "found a folder" if path.is_dir() else "found a table as text" if path.is_file() else "no such file"
         raise InputError(f"{path}: {found}; give the path of an existing .json, .jsonl, .gz or .parquet file")
-    place, problems = None, []
+    place = None
     for place, record in _iter_parquet(path) if path.suffix == ".parquet" else _iter_json(path):
-        if isinstance(record, dict):
-            yield place, record
-        else:
-            problems.append(f"{place}: found {describe(record)}, expected an object")
+        yield place, record
     if place is None:
         raise InputError(f"{path}: the file is empty or holds no records; expected at least one")
-    raise_bad_records(path, problems)
 
 
 def _iter_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -104,13 +97,8 @@ def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _decode_json(path: Path, data: bytes, first_line: int = 1) -> Any:
     """Decodes JSON; `first_line` is the line of the file at which `data` starts, for the message."""
-    with contextlib.suppress(orjson.JSONDecodeError, RecursionError):
-        value = orjson.loads(data)  # in half the memory of json, which decodes all text first
-        num_keys = data.count(b'":') + data.count(b'" :') - data.count(b'\\":') - data.count(b'\\" :')
-        if num_keys == _count_keys(value):  # a quote within a text is escaped
-            return value
-    try:  # json also reads byte order marks and NaN, shows a key that comes twice, and its errors give the line
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_make_object)
+    try:
+        return JSON_DECODER.decode(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = first_line + error.object.count(b"\n", 0, error.start)
         problem = f"line {line} cannot be read as UTF-8 ({error})"
@@ -121,16 +109,16 @@ def _decode_json(path: Path, data: bytes, first_line: int = 1) -> Any:
     raise InputError(f"{path}: {problem}; expected a JSON list of records, or one record per line")
 
 
-def _count_keys(value: Any) -> int:
-    if isinstance(value, dict):
-        return len(value) + sum(map(_count_keys, value.values()))
-    return sum(map(_count_keys, value)) if isinstance(value, list) else 0
-
-
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Makes an object of JSON; a key that comes twice gets a value that no field may have."""
-    counts = Counter(key for key, _ in pairs)
-    return {key: {"two values under one key": None} if counts[key] > 1 else value for key, value in pairs}
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        record |= {key: {"two values under one key": None} for key in record if counts[key] > 1}
+    return record
+
+
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
 @dataclasses.dataclass(slots=True)
@@ -159,36 +147,37 @@ def warn_of_fields(path: str | Path, passed_over: Iterable[list[str]], doubts: I
         logger.warning("%s: %s", path, "; ".join(f"{DOUBTS[name]} ({count})" for name, count in counts.items()))
 
 
-def iter_parsed(path: str | Path, parse: Parser[T]) -> Iterator[tuple[str, T | BadField]]:
-    """Yields (place, result) for each record of a file; for a bad one (place, `BadField`), and continues."""
-    for index, (place, raw) in enumerate(iter_records(path)):
-        try:
-            result = parse(raw, str(index))
-        except BadField as error:
-            result = error
-        yield place, result
+def iter_valid(
+    path: str | Path, parse: Parser[T], *, unique_ids: bool = False, problems: list[str] | None = None
+) -> Iterator[tuple[str, T]]:
+    """Yields (place, result) of each record until the first bad one.
 
-
-def iter_valid(path: str | Path, parse: Parser[T], unique_ids: bool = False) -> Iterator[tuple[str, T]]:
-    """Yields (place, result) until the first bad record; with `unique_ids`, a repeated `query_id` is bad.
+    Args:
+        path: see `iter_records`.
+        unique_ids: whether a repeated `query_id` is bad.
+        problems: gets the place, field, found and expected of each bad record; with it good ones after a bad one are
+            yielded too, and bad ones are no error.
 
     Raises:
-        InputError: at the end of the file, one line that counts all bad records and shows the first five with place,
-            field, found, expected; if some are not JSON objects, those alone.
+        InputError: at the end of the file, one line that counts all bad records and shows the first five.
     """
-    problems: list[str] = []
+    bad = [] if problems is None else problems
     first_places: dict[str, str] = {}
-    for place, result in iter_parsed(path, parse):
-        if unique_ids and not isinstance(result, BadField):
-            first = first_places.setdefault(result.query_id, place)
-            if first != place:
-                found = f"{describe(result.query_id)}, which {first} has too"
-                result = BadField("query_id", found, "one record per id")
-        if isinstance(result, BadField):
-            problems.append(f"{place}: {result}")
-        elif not problems:
+    for index, (place, raw) in enumerate(iter_records(path)):
+        if not isinstance(raw, dict):
+            bad.append(f"{place}: found {describe(raw)}, expected an object")
+            continue
+        try:
+            result = parse(raw, str(index))
+            if unique_ids and (first := first_places.setdefault(result.query_id, place)) != place:
+                raise BadField("query_id", f"{describe(result.query_id)}, which {first} has too", "one record per id")
+        except BadField as error:
+            bad.append(f"{place}: {error}")
+            continue
+        if problems is not None or not bad:
             yield place, result
-    raise_bad_records(path, problems)
+    if problems is None:
+        raise_bad_records(path, bad)
 
 
 def iter_preference_data(
@@ -244,10 +233,6 @@ def load_rewards(path: str | Path) -> dict[str, float]:
     return rewards
 
 
-def _without_nulls(raw: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in raw.items() if value is not None or RESPONSE_KEY.fullmatch(key)}
-
-
 def record_kind(raw: dict[str, Any]) -> str:
     """Returns the kind of a record by its fields: `comparison_pair`, `golden` or `reject_sample`."""
     if raw.get("query") is None or {"text", *SIDES} & raw.keys():
@@ -283,7 +268,7 @@ def parse_record(
         response_keys: see `find_response_keys`; for `reject_sample`.
     """
     assert kind in (*DATA_TYPES, "golden", "sampled", "query"), kind
-    raw = _without_nulls(raw)
+    raw = {key: value for key, value in raw.items() if value is not None or RESPONSE_KEY.fullmatch(key)}
     if kind == "comparison_pair":
         return _parse_preference(raw, default_id, add_sep_token)
     query_id, query = _require_query_id(raw, default_id if kind == "query" else None), _require_text(raw, "query")

@@ -28,16 +28,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apo.cli import BadField, InputError, OneLineParser, at_least, exit_on_input_error, first_few
+from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, first_few
 from apo.prompts import DOUBTS, normalize_space
-from apo.records import PreferenceRecord, iter_parsed, parse_record, record_kind
+from apo.records import PreferenceRecord, iter_valid, parse_record, record_kind
 from reward_datasets import TokenIds, build_sequence, count_tokens, encode_records, preferred_pairs
 
 if TYPE_CHECKING:
     from apo.tokenizer import RewardTokenizer
 
 FINDINGS = {
-    "unreadable": "the file cannot be read to its end, or holds something that is not a record",
+    "unreadable": "the file cannot be read to its end",
     "bad_records": "bad records",
     "duplicates": "records with the prompt and the responses of an earlier one",
     "contradictions": "pairs that an earlier record prefers the other way round",
@@ -79,13 +79,10 @@ def check_records(check: FileCheck, add_sep_token: bool, response_keys: Sequence
         return parse_record(raw, default_id, kind=check.kind, add_sep_token=add_sep_token, response_keys=response_keys)
 
     try:
-        for place, record in iter_parsed(check.path, parse):
-            if isinstance(record, BadField):
-                check.findings["bad_records"].append(f"{place}: {record}")
-            else:
-                record.place = place
-                check_texts(check, record)
-                yield record
+        for place, record in iter_valid(check.path, parse, problems=check.findings["bad_records"]):
+            record.place = place
+            check_texts(check, record)
+            yield record
     except InputError as error:
         check.findings["unreadable"].append(str(error).removeprefix(f"{check.path}: "))
 
@@ -269,7 +266,7 @@ def main() -> None:
     blocks.append([f"findings in total: {num_findings}"])
     report = "\n\n".join("\n".join(block) for block in blocks)
     print(report.encode(errors="replace").decode())  # no unpaired surrogate of a record
-    is_unusable = any(check.findings.keys() & {"unreadable", "bad_records"} for check in checks)
+    is_unusable = any(check.findings["unreadable"] + check.findings["bad_records"] for check in checks)
     if is_unusable or (args.strict and num_findings):
         sys.exit(2)
 

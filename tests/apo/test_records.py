@@ -13,7 +13,6 @@ from apo.cli import BadField, InputError
 from apo.records import (
     PreferenceRecord,
     find_response_keys,
-    iter_parsed,
     iter_preference_data,
     iter_records,
     iter_valid,
@@ -454,18 +453,22 @@ def test_lines_before_a_broken_one_are_read(tmp_path):
         next(records)
 
 
-def test_records_after_a_bad_one_are_parsed_but_not_valid(tmp_path):
+def test_records_after_a_bad_one_are_read_where_bad_ones_are_collected(tmp_path):
     def parse(raw: dict, default_id: str) -> str:
         if "bad" in raw:
             raise BadField("bad", "one", "none")
         return default_id
 
-    path = write_records(tmp_path / "a.json", [{}, {"bad": 1}, {}])
-    parsed = [(place, str(result)) for place, result in iter_parsed(path, parse)]
-    assert parsed == [("record 1", "0"), ("record 2", 'field "bad": found one, expected none'), ("record 3", "2")]
+    path = write_records(tmp_path / "a.json", [{}, {"bad": 1}, {}, 7])
+    problems: list[str] = []
+    assert list(iter_valid(path, parse, problems=problems)) == [("record 1", "0"), ("record 3", "2")]
+    assert problems == [
+        'record 2: field "bad": found one, expected none',
+        "record 4: found the number 7, expected an object",
+    ]
     records = iter_valid(path, parse)
     assert next(records) == ("record 1", "0")
-    with pytest.raises(InputError, match='record 2: field "bad"'):
+    with pytest.raises(InputError, match='2 bad records: record 2: field "bad".*; record 4: found'):
         next(records)
 
 

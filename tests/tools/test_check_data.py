@@ -50,7 +50,7 @@ def check_tokens(path: Path, max_length: int, truncation_side: str = "left") -> 
 
 
 def counts(findings: dict[str, list[str]]) -> dict[str, int]:
-    return {name: len(cases) for name, cases in findings.items()}
+    return {name: len(cases) for name, cases in findings.items() if cases}
 
 
 @pytest.fixture
@@ -74,18 +74,18 @@ def run_main(monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 def test_records_after_a_bad_one_are_checked(tmp_path, name):
-    """Records 2 (one score for two texts) and 3 (an empty text) are bad, 4 is a duplicate of 1: two good records."""
+    """Records 2 (one score for two texts), 3 (an empty text) and 5 are bad, 4 is 1 again: two good records."""
     bad = [{**pair("What?"), "scores": [1.0]}, {"text": ["", "b<sep>c"], "scores": [1.0, 0.0]}]
-    records = [pair(), *bad, pair()]
+    records = [pair(), *bad, pair(), 7]
     path, word = tmp_path / name, "line" if name == "a.jsonl" else "record"
     path.write_text("\n".join(map(json.dumps, records)) if word == "line" else json.dumps(records))
     found = check(path)
     assert (found.kind, found.counts["records"]) == ("comparison_pair", 2)
-    assert counts(found.findings) == {"bad_records": 2, "duplicates": 1}
+    assert counts(found.findings) == {"bad_records": 3, "duplicates": 1}
     assert found.findings["duplicates"] == [f"{word} 4 is {word} 1 again"]
     with pytest.raises(InputError) as training:
         load_preference_data(path, "comparison_pair")
-    assert str(training.value) == f"{path}: 2 bad records: {'; '.join(found.findings['bad_records'])}"
+    assert str(training.value) == f"{path}: 3 bad records: {'; '.join(found.findings['bad_records'])}"
 
 
 def test_text_without_separator_is_bad_with_add_sep_token(tmp_path):
@@ -100,7 +100,6 @@ def test_text_without_separator_is_bad_with_add_sep_token(tmp_path):
     [
         ("", 0, "the file is empty or holds no records"),
         (json.dumps(pair()) + "\n{", 1, "broken JSON at line 2"),
-        (json.dumps([pair(), 7]), 1, "record 2: found the number 7, expected an object"),
     ],
 )
 def test_broken_file_is_a_finding(tmp_path, content, records, message):
