@@ -98,7 +98,9 @@ def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
 def _decode_json(path: Path, data: bytes, first_line: int = 1) -> Any:
     """Decodes JSON; `first_line` is the line of the file at which `data` starts, for the message."""
     try:
-        return JSON_DECODER.decode(data.decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
+        del data  # a long list needs the memory
+        return JSON_DECODER.decode(text)
     except UnicodeDecodeError as error:
         line = first_line + error.object.count(b"\n", 0, error.start)
         problem = f"line {line} cannot be read as UTF-8 ({error})"
