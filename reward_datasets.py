@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apo.cli import InputError, locked, replacing, sha256_of_file, write_json
-from apo.records import PreferenceRecord, iter_preference_data, warn_of_fields
+from apo.records import PreferenceRecord, iter_preference_data, log_remarks
 
 if TYPE_CHECKING:
     import datasets
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 ABSENT_SCORE = -1.0  # marks an absent response in a ragged (B, R) score matrix
 TOKENIZE_BATCH_SIZE = 512
-DATASET_VERSION = 5  # part of the cache key: raise it when the rows of `tokenize_records` change
+DATASET_VERSION = 6  # part of the cache key: raise it when the rows of `tokenize_records` change
 
 TokenIds = tuple[list[int], list[int]]  # of a prompt and of a response to it
 
@@ -96,7 +96,7 @@ def tokenize_records(
 ) -> Iterator[dict[str, Any]]:
     """Yields one row per record; see `encode_records`.
 
-    Row: `input_ids` R lists of ids, `scores` R normalised scores, five fields of the record, three counts: `num_pairs`
+    Row: `input_ids` R lists of ids, `scores` R normalised scores, four fields of the record, three counts: `num_pairs`
     (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical` (pairs
     whose two sequences became the same, from which nothing can be learnt), and the sizes of `count_tokens`.
     """
@@ -112,8 +112,7 @@ def tokenize_records(
             "is_apo": record.is_apo,
             "query_id": record.query_id,
             "response_keys": record.response_keys,
-            "passed_over": record.passed_over,
-            "doubts": record.doubts,
+            "remarks": record.remarks,
             "num_truncated": sum(len(p) + len(r) + num_special > max_length for p, r in pairs_ids),
             "num_pairs": len(pairs),
             "num_identical": sum(sequences[i] == sequences[j] for i, j in pairs),
@@ -144,7 +143,7 @@ def _row_features() -> datasets.Features:
             "scores": datasets.List(value("float32")),
             "is_apo": value("bool"),
             "query_id": value("string"),
-            **{name: datasets.List(value("string")) for name in ("response_keys", "passed_over", "doubts")},
+            **{name: datasets.List(value("string")) for name in ("response_keys", "remarks")},
             **{name: value("int32") for name in ("num_truncated", "num_pairs", "num_identical")},
             **{name: value("int32") for name in ("length", "num_tokens", "longest")},
         }
@@ -221,7 +220,7 @@ def _log_counts(path: str | Path, dataset: datasets.Dataset) -> None:
         "%s: %d items, %d pairs, %d responses truncated, %d items without a pair (all scores equal)",
         *(path, len(dataset), counts["num_pairs"], counts["num_truncated"], num_equal),
     )
-    warn_of_fields(path, dataset["passed_over"], dataset["doubts"])
+    log_remarks(path, dataset["remarks"])
     if counts["num_identical"]:
         logger.warning("%s: the two sides of %d pairs are the same tokens", path, counts["num_identical"])
 

@@ -9,7 +9,7 @@ records, plain or conversational, are read as text-scores records of two respons
 
 A **query** record holds responses without scores: `{"query_id", "query", "sample_0": "<response>", ...}` (sampled) or
 `{"query_id", "query", "golden": "<response>"}` (golden). **Rewards** are `{"<query_id>:<response key>": reward}`.
-A field that is null is absent; one that nothing reads is named in `PreferenceRecord.passed_over`.
+A field that is null is absent; one that nothing reads is named in `PreferenceRecord.remarks`.
 """
 
 from __future__ import annotations
@@ -134,19 +134,14 @@ class PreferenceRecord:
     response_keys: list[str]
     is_apo: bool = False
     place: str = ""  # "record 3" or "line 3" of its file
-    passed_over: list[str] = dataclasses.field(default_factory=list)  # fields that hold something and are not read
-    doubts: list[str] = dataclasses.field(default_factory=list)  # keys of `DOUBTS`
+    remarks: list[str] = dataclasses.field(default_factory=list)  # fields that are not read, and keys of `DOUBTS`
 
 
-def warn_of_fields(path: str | Path, passed_over: Iterable[list[str]], doubts: Iterable[list[str]] = ()) -> None:
-    """Logs the fields of a file that nothing reads, and the doubts, with the number of records."""
-    if fields := Counter(name for names in passed_over for name in names):
-        found = ", ".join(f"{name} ({count})" for name, count in fields.items())
-        if prompts := ", ".join(filter(PROMPT_FIELD.fullmatch, fields)):
-            found += f"; put {prompts} into the prompt if the model should read it"
-        logger.warning("%s: fields passed over, with the number of records: %s", path, found)
-    if counts := Counter(name for names in doubts for name in names):
-        logger.warning("%s: %s", path, "; ".join(f"{DOUBTS[name]} ({count})" for name, count in counts.items()))
+def log_remarks(path: str | Path, remarks: Iterable[list[str]]) -> None:
+    """Logs the remarks on the records of a file in one warning, with the number of records."""
+    if counts := Counter(remark for found in remarks for remark in found):
+        text = "; ".join(f"{DOUBTS.get(remark, remark)} ({count})" for remark, count in counts.items())
+        logger.warning("%s: number of records with: %s", path, text)
 
 
 def iter_valid(
@@ -198,7 +193,7 @@ def iter_preference_data(
 def load_preference_data(path: str | Path, kind: str, add_sep_token: bool = False) -> list[PreferenceRecord]:
     """Reads and validates a whole file, with its warnings; see `iter_preference_data`."""
     records = list(iter_preference_data(path, kind, add_sep_token))
-    warn_of_fields(path, (r.passed_over for r in records), (r.doubts for r in records))
+    log_remarks(path, (record.remarks for record in records))
     return records
 
 
@@ -221,7 +216,7 @@ def load_prompts(path: str | Path, data_type: str | None = None) -> list[Prompt]
         return record
 
     placed = list(iter_valid(path, parse, unique_ids=True))
-    warn_of_fields(path, (record.passed_over for _, record in placed))
+    log_remarks(path, (record.remarks for _, record in placed))
     return [Prompt(place, record.query_id, record.prompts[0]) for place, record in placed]
 
 
@@ -280,8 +275,8 @@ def parse_record(
     keys = keys[kind] if kind in keys else find_response_keys(raw, response_keys, kind == "sampled")
     responses = [_check_unicode(key, _require(raw, key, "a string", str)) for key in keys]
     record = PreferenceRecord([query] * max(len(keys), 1), responses, [0.0] * len(keys), query_id, keys)
-    record.passed_over = _passed_over(raw, ["query", "golden", *keys, *filter(RESPONSE_KEY.fullmatch, raw)])
-    record.doubts = ["reasoning_in_responses"] * any(map(REASONING_TAG.search, responses))
+    record.remarks = _passed_over(raw, ["query", "golden", *keys, *filter(RESPONSE_KEY.fullmatch, raw)])
+    record.remarks += ["reasoning_in_responses"] * any(map(REASONING_TAG.search, responses))
     return record
 
 
@@ -299,17 +294,19 @@ def _parse_preference(raw: dict[str, Any], default_id: str, add_sep_token: bool)
     if kind not in ("apo", "human"):
         raise BadField("type", describe(kind), '"apo" (golden over sampled), "human", or no such field')
     record = PreferenceRecord(prompts, responses, scores, _require_query_id(raw, default_id), keys, kind == "apo")
-    record.passed_over = _passed_over(raw, ["type", *(("prompt", *SIDES) if sides else ("text", "scores"))])
-    record.doubts = find_doubts(prompts[0], responses, scores)
+    record.remarks = _passed_over(raw, ["type", *(("prompt", *SIDES) if sides else ("text", "scores"))])
+    record.remarks += find_doubts(prompts[0], responses, scores)
     return record
 
 
 def _passed_over(raw: dict[str, Any], known: list[str]) -> list[str]:
-    """Returns the fields of a record and of its messages that hold something and are not read."""
+    """Names the fields of a record and of its messages that hold something and are not read."""
     rest = {key: value for key, value in raw.items() if key not in known and key != "query_id"}
     for field in (field for field in known if field in ("prompt", *SIDES) and isinstance(raw.get(field), list)):
         rest |= {f"{field}[].{k}": m[k] for m in raw[field] for k in m if k not in ("role", "content")}
-    return [key for key, value in rest.items() if value not in (None, "", [], {})]
+    advice = ", which the model could read as a part of the prompt"
+    names = [key for key, value in rest.items() if value not in (None, "", [], {})]
+    return [f"field {name} passed over{advice if PROMPT_FIELD.fullmatch(name) else ''}" for name in names]
 
 
 def _split_text_scores(raw: dict[str, Any], add_sep_token: bool) -> tuple[dict[str, tuple[str, str]], list[float]]:

@@ -48,7 +48,7 @@ FINDINGS = {
     "golden_without_samples": "golden responses without sampled ones",
     "samples_without_golden": "sampled responses without a golden one",
     "overlap": "prompts of training files that are also in evaluation files",
-    **{name: f"records: {text}" for name, text in DOUBTS.items()},
+    **{name: f"records: {text}" for name, text in DOUBTS.items() if name != "no_prompt"},  # common: whole dialogues
 }
 BATCH_SIZE = 8  # items that are padded to the longest one
 QUANTILES = {"min": 0, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "max": 100}
@@ -95,15 +95,16 @@ def check_texts(check: FileCheck, record: PreferenceRecord) -> None:
         check.findings["duplicates"].append(f"{place} is {first} again")
     for prompt in filter(None, map(normalize_space, dict.fromkeys(record.prompts))):
         check.prompts.setdefault(hash(prompt), place)
-    for name in set(record.doubts) - {"no_prompt"}:  # a statistic: whole dialogues are common
-        check.findings[name].append(place)
+    for remark in record.remarks:
+        if remark in FINDINGS:
+            check.findings[remark].append(place)
+        else:
+            check.counts[remark] += 1
     check.counts.update(
         records=1,
         responses=len(texts),
         empty_responses=sum(not response.strip() for response in record.responses),
-        without_prompt=not any(prompt.strip() for prompt in record.prompts),
     )
-    check.counts.update(f"passed over: {name}" for name in record.passed_over)
     if check.kind == "comparison_pair":
         check_pairs(check, record, texts)
     elif check.ids.setdefault(record.query_id, place) != place:

@@ -162,10 +162,11 @@ def test_fields_that_nothing_reads_are_named_in_one_line(tmp_path, caplog):
     read(tmp_path, pair() | more, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0})
     read(tmp_path, MESSAGES | {"chosen": [QUESTION, message]})
     load_preference_data(write_records(tmp_path / "b.json", [QUERY | {"ans_0": "", "sample_id": "1"}]), "sampled")
-    assert [line.split("number of records: ")[1] for line in caplog.messages] == [
-        "margin (2), system (1); put system into the prompt if the model should read it",
-        "chosen[].tool_calls (1)",
-        "sample_id (1)",
+    assert [line.split("number of records with: ")[1] for line in caplog.messages] == [
+        "field margin passed over (2); "
+        "field system passed over, which the model could read as a part of the prompt (1)",
+        "field chosen[].tool_calls passed over (1)",
+        "field sample_id passed over (1)",
     ]
 
 
@@ -181,12 +182,12 @@ def test_doubts_about_records_are_counted(tmp_path, caplog):
     ]
     found = read(tmp_path, pair("Why?", " So.", ""), pair("Why?", "Why? So.", " No."), *doubtful)
     names = ["empty_preferred", "repeated_prompts", "turns_in_responses", "no_prompt", "reasoning_in_responses"]
-    assert [record.doubts for record in found] == [[], [], *([name] for name in names)]
+    assert [record.remarks for record in found] == [[], [], *([name] for name in names)]
     [line] = caplog.messages
     assert line.count("(1)") == 5
     golden = {"query_id": "a", "query": "Why?", "golden": "<think>Hm.</think> So."}
     [record] = load_preference_data(write_records(tmp_path / "golden.json", [golden]), "golden")
-    assert record.doubts == ["reasoning_in_responses"]
+    assert record.remarks == ["reasoning_in_responses"]
 
 
 # ------------------------------------------------------------------------------------------------ validating

@@ -92,7 +92,7 @@ def test_text_without_separator_is_bad_with_add_sep_token(tmp_path):
     path = write_records(tmp_path / "a.json", [{"text": ["a", "b"], "scores": [1, 0]}, pair()])
     assert counts(check(path, add_sep_token=True).findings) == {"bad_records": 1}
     found = check(path)
-    assert counts(found.findings) == {} and found.counts["without_prompt"] == 1
+    assert counts(found.findings) == {} and found.counts["no_prompt"] == 1
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_golden_responses_are_checked_as_by_the_converter(tmp_path):
     found = check(write_records(tmp_path / "a.json", [*records, golden("5", "What?", " ")]))
     assert counts(found.findings) == {"bad_records": 3}
     assert [text.split(":")[0] for text in found.findings["bad_records"]] == [f"record {i}" for i in (2, 3, 4)]
-    assert found.counts == {"records": 2, "responses": 2, "empty_responses": 1, "without_prompt": 0}
+    assert found.counts == {"records": 2, "responses": 2, "empty_responses": 1}
 
 
 def test_identical_responses_are_found_where_one_is_preferred(tmp_path):
@@ -325,7 +325,7 @@ def test_doubts_and_fields_that_nothing_reads_are_reported(tmp_path):
     records = [pair(good=" "), pair("What?", margin=1), {"chosen": "a", "rejected": "b", "margin": 2}]
     found = check(write_records(tmp_path / "a.json", records))
     assert counts(found.findings) == {"empty_preferred": 1}
-    assert found.counts["without_prompt"] == 1 and found.counts["passed over: margin"] == 2
+    assert found.counts["no_prompt"] == 1 and found.counts["field margin passed over"] == 2
 
 
 def test_strict_counts_findings_across_files(tmp_path, run_main):
