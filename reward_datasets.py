@@ -5,7 +5,6 @@ Heavy packages are imported inside the functions that need them, so that the com
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
@@ -133,29 +132,23 @@ def count_tokens(sequences: list[list[int]]) -> dict[str, int]:
     return {"length": sum(lengths) - sum(shared), "num_tokens": sum(lengths), "longest": max(lengths)}
 
 
-def _row_features() -> datasets.Features:
-    import datasets
-
-    value = datasets.Value
-    return datasets.Features(
-        {
-            "input_ids": datasets.List(datasets.List(value("int32"))),
-            "scores": datasets.List(value("float32")),
-            "is_apo": value("bool"),
-            "query_id": value("string"),
-            **{name: datasets.List(value("string")) for name in ("response_keys", "remarks")},
-            **{name: value("int32") for name in ("num_truncated", "num_pairs", "num_identical")},
-            **{name: value("int32") for name in ("length", "num_tokens", "longest")},
-        }
-    )
-
-
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows to an Arrow file, then its hash beside it."""
+    from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
+    counts = ("num_truncated", "num_pairs", "num_identical", "length", "num_tokens", "longest")
+    features = {
+        "input_ids": List(List(Value("int32"))),
+        "scores": List(Value("float32")),
+        "is_apo": Value("bool"),
+        "query_id": Value("string"),
+        "response_keys": List(Value("string")),
+        "remarks": List(Value("string")),
+        **{name: Value("int32") for name in counts},
+    }
     name = f"{path.stem}.{socket.gethostname()}.incomplete"  # the lock may not hold across machines
-    with replacing(path, name) as temporary, ArrowWriter(path=str(temporary), features=_row_features()) as writer:
+    with replacing(path, name) as temporary, ArrowWriter(path=str(temporary), features=Features(features)) as writer:
         for row in rows:
             writer.write(row)
         writer.finalize()
@@ -213,16 +206,16 @@ def load_preference_dataset(
 
 
 def _log_counts(path: str | Path, dataset: datasets.Dataset) -> None:
-    columns = dataset.select_columns(["num_pairs", "num_truncated", "num_identical"]).with_format("numpy")[:]
-    counts = {name: int(column.sum()) for name, column in columns.items()}
-    num_equal = int((columns["num_pairs"] == 0).sum())
+    num_pairs, num_truncated, num_identical = (
+        dataset[f"num_{name}"][:] for name in ("pairs", "truncated", "identical")
+    )
     logger.info(
         "%s: %d items, %d pairs, %d responses truncated, %d items without a pair (all scores equal)",
-        *(path, len(dataset), counts["num_pairs"], counts["num_truncated"], num_equal),
+        *(path, len(dataset), sum(num_pairs), sum(num_truncated), num_pairs.count(0)),
     )
     log_remarks(path, dataset["remarks"])
-    if counts["num_identical"]:
-        logger.warning("%s: the two sides of %d pairs are the same tokens", path, counts["num_identical"])
+    if any(num_identical):
+        logger.warning("%s: the two sides of %d pairs are the same tokens", path, sum(num_identical))
 
 
 def merge_training_data(parts: dict[str, datasets.Dataset]) -> datasets.Dataset:
@@ -234,16 +227,13 @@ def merge_training_data(parts: dict[str, datasets.Dataset]) -> datasets.Dataset:
     import datasets
 
     for path, part in parts.items():
-        if not any(part["num_pairs"]):
-            raise InputError(
-                f'{path}: field "scores": found equal scores within each of the {len(part)} records, '
-                "expected at least one preferred response"
-            )
-        if part["num_identical"][:] == part["num_pairs"][:]:
-            raise InputError(
-                f"{path}: the two sides of all {sum(part['num_pairs'])} pairs are the same tokens; give pairs that "
-                "differ, or raise --max_length, beyond which text is cut off"
-            )
+        num_pairs = sum(part["num_pairs"][:])
+        if not num_pairs:
+            found = f"equal scores within each of the {len(part)} records, expected at least one preferred response"
+            raise InputError(f'{path}: field "scores": found {found}')
+        if num_pairs == sum(part["num_identical"][:]):
+            advice = "give pairs that differ, or raise --max_length, beyond which text is cut off"
+            raise InputError(f"{path}: the two sides of all {num_pairs} pairs are the same tokens; {advice}")
     return datasets.concatenate_datasets(list(parts.values()))
 
 
@@ -315,6 +305,7 @@ class RewardDataCollator:
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
         num_responses = max(len(item["scores"]) for item in items)
         scores = torch.full((len(items), num_responses), ABSENT_SCORE)
@@ -322,22 +313,16 @@ class RewardDataCollator:
             row[: len(item["scores"])] = torch.as_tensor(item["scores"])
         apo_mask = torch.tensor([float(item["is_apo"]) for item in items])
         sequences = [ids for item in items for ids in item["input_ids"]]
-        query_ids = {"query_ids": [item["query_id"] for item in items]} if "query_id" in items[0] else {}
-        return {"scores": scores, "apo_mask": apo_mask, **query_ids, **self._token_tensors(sequences)}
-
-    def _token_tensors(self, sequences: list[list[int]]) -> dict[str, Any]:
-        import torch
-
+        batch = {"scores": scores, "apo_mask": apo_mask}
+        if "query_id" in items[0]:
+            batch["query_ids"] = [item["query_id"] for item in items]
         if self.batching == "tree":
             from apo.tree import build_token_tree
 
             tree = build_token_tree(sequences)
-            return {"input_ids": tree.pop("input_ids"), "attention_mask": tree.pop("attention_mask"), "tree": tree}
+            return {**batch, **{name: tree.pop(name) for name in ("input_ids", "attention_mask")}, "tree": tree}
         rows = [torch.as_tensor(ids, dtype=torch.long) for ids in sequences]
-        pad = functools.partial(
-            torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=self.padding_side
-        )  # (N, T)
-        return {
-            "input_ids": pad(rows, padding_value=self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(ids) for ids in rows], padding_value=0),
-        }
+        options = {"batch_first": True, "padding_side": self.padding_side}
+        batch["input_ids"] = pad_sequence(rows, padding_value=self.pad_token_id, **options)  # (N, T)
+        batch["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in rows], **options)
+        return batch
