@@ -93,18 +93,15 @@ def to_items(query_id: str, query: str, golden: str, sampled: list[str], group: 
     return [{"text": [first, other], "scores": [1.0, 0.0], "type": "apo"} for other in others]
 
 
-def check_same_prompts(golden: Responses, sampled: Responses) -> None:
-    """Refuses ids with two prompts, and shows where these start to differ."""
-    problems = []
-    for query_id in (query_id for query_id in golden if query_id in sampled):
-        expected, found = golden[query_id].prompts[0], sampled[query_id].prompts[0]
-        if found != expected:
-            start = next(i for i, (x, y) in enumerate(itertools.zip_longest(found, expected)) if x != y)
-            wrong = f"from character {start + 1} on, {describe(found[start:])}"
-            right = f"{describe(expected[start:])} as in {golden[query_id].place} of --golden_data_path"
-            problems.append(f"{sampled[query_id].place}: id {query_id}: {BadField('query', wrong, right)}")
-    if problems:
-        raise InputError(f"--sample_data_path: prompts differ from --golden_data_path: {first_few(problems)}")
+def find_difference(golden: PreferenceRecord, sampled: PreferenceRecord) -> str:
+    """Shows where the prompts of one id start to differ; an empty string if they are the same."""
+    expected, found = golden.prompts[0], sampled.prompts[0]
+    if found == expected:
+        return ""
+    start = next(i for i, (x, y) in enumerate(itertools.zip_longest(found, expected)) if x != y)
+    wrong = f"from character {start + 1} on, {describe(found[start:])}"
+    right = f"{describe(expected[start:])} as in {golden.place} of --golden_data_path"
+    return f"{sampled.place}: id {golden.query_id}: {BadField('query', wrong, right)}"
 
 
 def convert(
@@ -116,13 +113,14 @@ def convert(
         group: one record per prompt instead of one per pair.
         sampling: keep one sampled response per prompt, drawn with `seed` among the usable ones.
     """
-    check_same_prompts(golden, sampled)
     rng = random.Random(seed)
     result = Conversion()
     matched = [query_id for query_id in sampled if query_id in golden]
     if not matched:
         found = f"--golden_data_path has {first_few(list(golden))}; --sample_data_path has {first_few(list(sampled))}"
         raise InputError(f'field "query_id": found no id in both files, expected the same ids; {found}')
+    if problems := list(filter(None, (find_difference(golden[i], sampled[i]) for i in matched))):
+        raise InputError(f"--sample_data_path: prompts differ from --golden_data_path: {first_few(problems)}")
     for query_id in matched:
         for response in usable_responses(golden[query_id], "golden", result):
             if kept := usable_responses(sampled[query_id], "sampled", result, response):

@@ -20,10 +20,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,6 @@ def download(split: str) -> list[Path]:
     except OSError as error:  # huggingface_hub: no network, file or permission
         advice = "give its files by --train_data_path and --test_data_path"
         raise InputError(f"{HUB_REPO}: cannot be downloaded ({normalize_space(str(error))}); {advice}") from error
-
-
-def load_dialogues(paths: list[Path], sources: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (chosen, rejected) of every record of all files; adds the pairs and the sha256 of each to `sources`."""
-    for path in paths:
-        dialogues = [pair for _, pair in iter_valid(path, parse_plain_pair)]
-        sources[str(path)] = {"pairs": len(dialogues), "sha256": sha256_of_file(path)}
-        yield from dialogues
 
 
 def split_dialogue(dialogue: str) -> tuple[str, str]:
@@ -184,11 +177,13 @@ def main() -> None:
     args = parse_args()
     if bool(args.train_data_path) != bool(args.test_data_path):
         raise InputError("found one of --train_data_path and --test_data_path, expected both or none")
-    inputs: dict[str, dict[str, Any]] = {"train": {}, "test": {}}
+    inputs: dict[str, dict[str, Any]] = {}
     dropped: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
     groups: dict[str, Groups] = {}
     for split, paths in {"train": args.train_data_path, "test": args.test_data_path}.items():
-        groups[split] = group_by_prompt(load_dialogues(paths or download(split), inputs[split]), dropped[split])
+        pairs = {path: [pair for _, pair in iter_valid(path, parse_plain_pair)] for path in paths or download(split)}
+        inputs[split] = {str(p): {"pairs": len(pairs[p]), "sha256": sha256_of_file(p)} for p in pairs}
+        groups[split] = group_by_prompt(itertools.chain(*pairs.values()), dropped[split])
     remove_prompts(groups["train"], groups["test"], dropped["train"])
     if not groups["test"]:
         raise InputError(f"no test pair is left after cleaning; dropped: {describe_counts(dropped['test'], 'pairs')}")

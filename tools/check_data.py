@@ -7,10 +7,10 @@ example:
 It reads every format of the project: pairs, sampled responses, golden responses. It prints one block per file,
 findings first, then what files share.
 
-A *finding* is one of `FINDINGS`. Bad records and unreadable files make the exit status 2, with `--strict` any finding
-does. Everything else is a statistic: ties, length bias, lengths, truncated responses, padding. Prompts that a training
-file shares with an evaluation file are a finding; two training files share prompts on purpose (golden and sampled
-responses, the parts of a whole).
+Bad records and unreadable files make the exit status 2, with `--strict` any finding does. Everything else is a
+statistic: ties, length bias, lengths, truncated responses, padding. Prompts that a training file shares with an
+evaluation file are a finding; two training files share prompts on purpose (golden and sampled responses, the parts of
+a whole).
 """
 
 from __future__ import annotations
@@ -36,24 +36,10 @@ from reward_datasets import TokenIds, build_sequence, count_tokens, encode_recor
 if TYPE_CHECKING:
     from apo.tokenizer import RewardTokenizer
 
-FINDINGS = {
-    "unreadable": "the file cannot be read to its end",
-    "bad_records": "bad records",
-    "duplicates": "records with the prompt and the responses of an earlier one",
-    "contradictions": "pairs that an earlier record prefers the other way round",
-    "duplicate_ids": "records with the query id of an earlier one",
-    "identical_pairs": "pairs of two equal texts",
-    "identical_after_truncation": "pairs of two texts that become the same tokens",
-    "prompts_cut_away": "responses whose whole prompt is cut away",
-    "golden_without_samples": "golden responses without sampled ones",
-    "samples_without_golden": "sampled responses without a golden one",
-    "overlap": "prompts of training files that are also in evaluation files",
-    **{name: f"records: {text}" for name, text in DOUBTS.items() if name != "no_prompt"},  # common: whole dialogues
-}
 BATCH_SIZE = 8  # items that are padded to the longest one
 QUANTILES = {"min": 0, "25%": 25, "50%": 50, "75%": 75, "95%": 95, "max": 100}
 
-Findings = defaultdict[str, list[str]]  # name in `FINDINGS` -> each case with its place
+Findings = defaultdict[str, list[str]]  # what is wrong -> each case with its place
 
 
 @dataclass
@@ -79,7 +65,7 @@ def check_records(check: FileCheck, add_sep_token: bool, response_keys: Sequence
         return parse_record(raw, default_id, kind=check.kind, add_sep_token=add_sep_token, response_keys=response_keys)
 
     try:
-        for place, record in iter_valid(check.path, parse, problems=check.findings["bad_records"]):
+        for place, record in iter_valid(check.path, parse, problems=check.findings["bad records"]):
             record.place = place
             check_texts(check, record)
             yield record
@@ -96,8 +82,8 @@ def check_texts(check: FileCheck, record: PreferenceRecord) -> None:
     for prompt in filter(None, map(normalize_space, dict.fromkeys(record.prompts))):
         check.prompts.setdefault(hash(prompt), place)
     for remark in record.remarks:
-        if remark in FINDINGS:
-            check.findings[remark].append(place)
+        if remark in DOUBTS and remark != "no_prompt":  # a statistic: whole dialogues are common
+            check.findings[f"records in which {DOUBTS[remark]}"].append(place)
         else:
             check.counts[remark] += 1
     check.counts.update(
@@ -108,7 +94,7 @@ def check_texts(check: FileCheck, record: PreferenceRecord) -> None:
     if check.kind == "comparison_pair":
         check_pairs(check, record, texts)
     elif check.ids.setdefault(record.query_id, place) != place:
-        check.findings["duplicate_ids"].append(f"{place} and {check.ids[record.query_id]}: id {record.query_id}")
+        check.findings["repeated ids"].append(f"{place} and {check.ids[record.query_id]}: id {record.query_id}")
 
 
 def check_pairs(check: FileCheck, record: PreferenceRecord, texts: list[tuple[str, str]]) -> None:
@@ -117,7 +103,7 @@ def check_pairs(check: FileCheck, record: PreferenceRecord, texts: list[tuple[st
     for i, j in pairs:
         check.contents.setdefault(hash((texts[i], texts[j])), record.place)
         if texts[i] == texts[j]:
-            check.findings["identical_pairs"].append(f"{record.place}: responses {i + 1} and {j + 1}")
+            check.findings["pairs of equal texts"].append(f"{record.place}: responses {i + 1} and {j + 1}")
         elif opposite := check.contents.get(hash((texts[j], texts[i]))):
             check.findings["contradictions"].append(f"{record.place} prefers the opposite of {opposite}")
     sizes = [len(response) for response in record.responses]
@@ -145,11 +131,11 @@ def check_tokens(
             check.lengths.append(1 + len(prompt) + after_prompt)  # with bos
             check.counts["truncated_responses"] += check.lengths[-1] > max_length
             if prompt and settings["truncation_side"] == "left" and after_prompt >= max_length:
-                check.findings["prompts_cut_away"].append(f"{record.place}: response {number}")
+                check.findings["prompts cut away"].append(f"{record.place}: response {number}")
         texts = list(zip(record.prompts, record.responses, strict=True))
         for i, j in preferred_pairs(record.scores):
             if sequences[i] == sequences[j] and texts[i] != texts[j]:
-                check.findings["identical_after_truncation"].append(f"{record.place}: responses {i + 1} and {j + 1}")
+                check.findings["pairs of equal tokens"].append(f"{record.place}: responses {i + 1} and {j + 1}")
         tokens = count_tokens(sequences)
         check.counts.update(tokens=tokens["num_tokens"], tokens_as_trees=tokens["length"])
         num_rows, width = num_rows + len(sequences), max(width, tokens["longest"])
@@ -182,27 +168,26 @@ def check_file(
 def compare_files(checks: list[FileCheck]) -> Findings:
     """Finds ids without a golden or a sampled response, if there are files of both kinds, and shared prompts."""
     findings: Findings = defaultdict(list)
-    sides = (
-        ("golden_without_samples", "golden", "reject_sample"),
-        ("samples_without_golden", "reject_sample", "golden"),
-    )
-    for name, kind, other in sides:
-        known = {query_id for check in checks if check.kind == other for query_id in check.ids}
-        for check in (check for check in checks if check.kind == kind and known):
-            missing = [query_id for query_id in check.ids if query_id not in known]
-            findings[name] += [f"{check.path}: {check.ids[query_id]}: id {query_id}" for query_id in missing]
+    unmatched = {
+        "golden": "golden responses without sampled ones",
+        "reject_sample": "sampled responses without a golden one",
+    }
+    responses = [check for check in checks if check.kind in unmatched]
+    for check in responses:
+        known = {query_id for other in responses if other.kind != check.kind for query_id in other.ids}
+        for query_id in (query_id for query_id in check.ids if known and query_id not in known):
+            findings[unmatched[check.kind]].append(f"{check.path}: {check.ids[query_id]}: id {query_id}")
     train, evaluation = ([check for check in checks if check.role == role] for role in ("train", "eval"))
     for one, other in itertools.product(train, evaluation):
         for prompt in (prompt for prompt in one.prompts if prompt in other.prompts):
             places = f"{one.prompts[prompt]} of {one.path} and {other.prompts[prompt]} of {other.path}"
-            findings["overlap"].append(places)
+            findings["training prompts in evaluation files"].append(places)
     return findings
 
 
 def format_findings(findings: Findings) -> list[str]:
-    """Returns a line for each finding, in the order of `FINDINGS`: its count, and the first five cases."""
-    found = [(name, findings[name]) for name in FINDINGS if findings.get(name)]
-    lines = [f"  FOUND {len(cases)} {FINDINGS[name]} ({name}): {first_few(cases)}" for name, cases in found]
+    """Returns a line for each finding: its count, and the first five cases."""
+    lines = [f"  FOUND {len(cases)} {name}: {first_few(cases)}" for name, cases in findings.items() if cases]
     return lines or ["  nothing found"]
 
 
@@ -267,7 +252,7 @@ def main() -> None:
     blocks.append([f"findings in total: {num_findings}"])
     report = "\n\n".join("\n".join(block) for block in blocks)
     print(report.encode(errors="replace").decode())  # no unpaired surrogate of a record
-    is_unusable = any(check.findings["unreadable"] + check.findings["bad_records"] for check in checks)
+    is_unusable = any(check.findings["unreadable"] + check.findings["bad records"] for check in checks)
     if is_unusable or (args.strict and num_findings):
         sys.exit(2)
 

@@ -13,7 +13,7 @@ from apo.records import load_preference_data
 from apo.tokenizer import load_reward_tokenizer
 from reward_datasets import tokenize_records
 from tools import check_data
-from tools.check_data import FINDINGS, FileCheck, check_file, compare_files, format_file, load_tokenizer
+from tools.check_data import FileCheck, check_file, compare_files, format_file, load_tokenizer
 
 SAMPLE = REPO_ROOT / "data" / "sample"
 
@@ -81,16 +81,16 @@ def test_records_after_a_bad_one_are_checked(tmp_path, name):
     path.write_text("\n".join(map(json.dumps, records)) if word == "line" else json.dumps(records))
     found = check(path)
     assert (found.kind, found.counts["records"]) == ("comparison_pair", 2)
-    assert counts(found.findings) == {"bad_records": 3, "duplicates": 1}
+    assert counts(found.findings) == {"bad records": 3, "duplicates": 1}
     assert found.findings["duplicates"] == [f"{word} 4 is {word} 1 again"]
     with pytest.raises(InputError) as training:
         load_preference_data(path, "comparison_pair")
-    assert str(training.value) == f"{path}: 3 bad records: {'; '.join(found.findings['bad_records'])}"
+    assert str(training.value) == f"{path}: 3 bad records: {'; '.join(found.findings['bad records'])}"
 
 
 def test_text_without_separator_is_bad_with_add_sep_token(tmp_path):
     path = write_records(tmp_path / "a.json", [{"text": ["a", "b"], "scores": [1, 0]}, pair()])
-    assert counts(check(path, add_sep_token=True).findings) == {"bad_records": 1}
+    assert counts(check(path, add_sep_token=True).findings) == {"bad records": 1}
     found = check(path)
     assert counts(found.findings) == {} and found.counts["no_prompt"] == 1
 
@@ -115,7 +115,10 @@ def test_duplicates_have_the_same_prompt_and_set_of_responses(tmp_path):
     records.append(pair(good=" a", bad=" b", query_id="other"))
     found = check(write_records(tmp_path / "a.json", records))
     assert counts(found.findings) == {"duplicates": 2, "contradictions": 2}
-    assert found.findings["duplicates"] == ["record 2 is record 1 again", "record 4 is record 1 again"]
+    assert found.findings["duplicates"] == [
+        "record 2 is record 1 again",
+        "record 4 is record 1 again",
+    ]
     expected = ["record 2 prefers the opposite of record 1", "record 4 prefers the opposite of record 2"]
     assert found.findings["contradictions"] == expected
 
@@ -130,15 +133,15 @@ def test_ids_must_be_unique_in_files_of_golden_and_sampled_responses_only(tmp_pa
     for kind, records in files.items():
         found = check(write_records(tmp_path / f"{kind}.json", records))
         assert found.kind == kind
-        assert counts(found.findings) == ({} if kind == "comparison_pair" else {"duplicate_ids": 1})
+        assert counts(found.findings) == ({} if kind == "comparison_pair" else {"repeated ids": 1})
 
 
 def test_golden_responses_are_checked_as_by_the_converter(tmp_path):
     """Bad: no golden (2), a number (3), <sep> in the query (4). An empty one is counted: the converter skips it."""
     records = [golden("1"), {"query_id": "2", "query": "a"}, golden("3", response=3), golden("4", "a<sep>")]
     found = check(write_records(tmp_path / "a.json", [*records, golden("5", "What?", " ")]))
-    assert counts(found.findings) == {"bad_records": 3}
-    assert [text.split(":")[0] for text in found.findings["bad_records"]] == [f"record {i}" for i in (2, 3, 4)]
+    assert counts(found.findings) == {"bad records": 3}
+    assert [text.split(":")[0] for text in found.findings["bad records"]] == [f"record {i}" for i in (2, 3, 4)]
     assert found.counts == {"records": 2, "responses": 2, "empty_responses": 1}
 
 
@@ -146,16 +149,14 @@ def test_identical_responses_are_found_where_one_is_preferred(tmp_path):
     """Of the group's pairs over the first response, one is of equal texts; 2 and 3 are equal too, but form no pair."""
     group = {"text": ["p<sep> a", "p<sep> b", "p<sep> b", "p<sep> a"], "scores": [1, 0, 0, 0]}
     found = check(write_records(tmp_path / "a.json", [pair(), group]))
-    assert counts(found.findings) == {"identical_pairs": 1}
-    assert found.findings["identical_pairs"] == ["record 2: responses 1 and 4"]
+    assert counts(found.findings) == {"pairs of equal texts": 1}
+    assert found.findings["pairs of equal texts"] == ["record 2: responses 1 and 4"]
 
 
 def test_first_five_of_many_findings_are_shown(tmp_path):
     """Records 2 to 8 are the first one again."""
     line = format_file(check(write_records(tmp_path / "a.json", [pair()] * 8)))[1]
-    assert line.startswith(
-        "  FOUND 7 records with the prompt and the responses of an earlier one (duplicates): record 2"
-    )
+    assert line.startswith("  FOUND 7 duplicates: record 2 is record 1 again; ")
     assert "record 6 is" in line and line.endswith("; and 2 more")
 
 
@@ -178,7 +179,10 @@ def test_ties_and_length_bias_by_hand(tmp_path):
 
 @pytest.mark.parametrize(
     ("side", "expected"),
-    [("left", {"prompts_cut_away": 2, "identical_after_truncation": 1}), ("right", {"identical_after_truncation": 1})],
+    [
+        ("left", {"prompts cut away": 2, "pairs of equal tokens": 1}),
+        ("right", {"pairs of equal tokens": 1}),
+    ],
 )
 def test_truncation_by_hand(tmp_path, side, expected):
     """To 4 tokens. Record 1 has sequences bos p q sep a x y z eos and ... b x y z eos, of 9: on the left all but
@@ -191,14 +195,14 @@ def test_truncation_by_hand(tmp_path, side, expected):
     expected = "  before truncation      min 5, 25% 5, 50% 7, 75% 9, 95% 9, max 9 tokens a sequence"
     assert (format_file(found)[-1], list(found.lengths)) == (expected, [9, 9, 5, 5])
     if side == "left":
-        assert found.findings["prompts_cut_away"][0] == "record 1: response 1"
+        assert found.findings["prompts cut away"][0] == "record 1: response 1"
 
 
 def test_prompt_with_one_token_left_is_not_cut_away(tmp_path):
     """bos p q sep a x eos: 5 of 7 tokens leave q, 4 leave no token of the prompt."""
     path = write_records(tmp_path / "a.json", [pair("p q", " a x", " b x")])
     assert counts(check_tokens(path, 5).findings) == {}
-    assert counts(check_tokens(path, 4).findings) == {"prompts_cut_away": 2}
+    assert counts(check_tokens(path, 4).findings) == {"prompts cut away": 2}
 
 
 def test_tokens_by_hand(tmp_path):
@@ -227,7 +231,7 @@ def test_counts_are_those_of_training(side):
     tokenizer = load_reward_tokenizer(str(CHECKPOINT))
     rows = list(tokenize_records(load_preference_data(path, "comparison_pair"), tokenizer, **settings))
     found = check_file(str(path), "train", settings, tokenizer)
-    num_identical = sum(counts(found.findings).get(n, 0) for n in ("identical_pairs", "identical_after_truncation"))
+    num_identical = sum(counts(found.findings).get(n, 0) for n in ("pairs of equal texts", "pairs of equal tokens"))
     expected = {name: sum(row[name] for row in rows) for name in ("num_pairs", "num_truncated", "num_identical")}
     assert expected["num_truncated"] > 0 and (side == "left" or expected["num_identical"] > 0)
     assert expected == {
@@ -261,8 +265,11 @@ def test_unmatched_ids_by_hand(tmp_path):
     }
     checks = [check(write_records(tmp_path / name, records)) for name, records in files.items()]
     findings = compare_files(checks)
-    assert findings["golden_without_samples"] == [f"{tmp_path}/a: record 1: id 1", f"{tmp_path}/a: record 2: id 2"]
-    assert findings["samples_without_golden"] == [f"{tmp_path}/c: record 2: id 4"]
+    assert findings["golden responses without sampled ones"] == [
+        f"{tmp_path}/a: record 1: id 1",
+        f"{tmp_path}/a: record 2: id 2",
+    ]
+    assert findings["sampled responses without a golden one"] == [f"{tmp_path}/c: record 2: id 4"]
     assert len(findings) == 2
     assert compare_files(checks[:2]) == {} and compare_files(checks[2:]) == {}
 
@@ -278,7 +285,7 @@ def test_overlap_by_hand(tmp_path):
         check(write_records(tmp_path / "eval.json", evaluation), "eval"),
     ]
     assert compare_files(checks) == {
-        "overlap": [
+        "training prompts in evaluation files": [
             f"record 2 of {tmp_path}/train.json and record 1 of {tmp_path}/eval.json",
             f"record 1 of {tmp_path}/samples.json and record 1 of {tmp_path}/eval.json",
         ]
@@ -307,11 +314,11 @@ def test_findings_are_printed_and_change_the_exit_status_with_strict(tmp_path, r
     assert (status, stderr) == (2 if name else 0, "")
     assert f"findings in total: {1 if name else 0}" in stdout
     assert "left out without --model_name_or_path" in stdout
-    assert f"FOUND 1 {FINDINGS[name]}" in stdout if name else "nothing found" in stdout
+    assert f"FOUND 1 {name}" in stdout if name else "nothing found" in stdout
     assert run_main("--train_data_path", path)[0] == 0
 
 
-@pytest.mark.parametrize(("content", "words"), [("[{", ["broken JSON"]), ('[{"text": 1}]', ["bad_records", "text"])])
+@pytest.mark.parametrize(("content", "words"), [("[{", ["broken JSON"]), ('[{"text": 1}]', ["bad records", "text"])])
 def test_bad_records_and_unreadable_files_change_the_exit_status_without_strict(tmp_path, run_main, content, words):
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
     for path in (tmp_path / "a.json", tmp_path / "none.json"):
@@ -324,7 +331,7 @@ def test_doubts_and_fields_that_nothing_reads_are_reported(tmp_path):
     """The dialogue without a prompt is a statistic, not a finding."""
     records = [pair(good=" "), pair("What?", margin=1), {"chosen": "a", "rejected": "b", "margin": 2}]
     found = check(write_records(tmp_path / "a.json", records))
-    assert counts(found.findings) == {"empty_preferred": 1}
+    assert counts(found.findings) == {"records in which an empty response is preferred": 1}
     assert found.counts["no_prompt"] == 1 and found.counts["field margin passed over"] == 2
 
 
