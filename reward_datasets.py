@@ -240,13 +240,12 @@ def merge_training_data(parts: dict[str, datasets.Dataset]) -> datasets.Dataset:
 def name_datasets(paths: list[str]) -> dict[str, str]:
     """Names each file by its base name; files of the same name get as many folders as make the names unique."""
     names: dict[str, str] = {}
-    for path in dict.fromkeys(os.path.normpath(path) for path in paths):
-        parts = Path(path).parts
-        others = [Path(os.path.normpath(other)).parts for other in paths if os.path.normpath(other) != path]
-        length = next(
-            n for n in range(1, len(parts) + 1) if n == len(parts) or not any(o[-n:] == parts[-n:] for o in others)
-        )
-        names["/".join(parts[-length:])] = path
+    paths = list(dict.fromkeys(map(os.path.normpath, paths)))
+    for path in paths:
+        parts, others = Path(path).parts, [f"/{other}" for other in paths if other != path]
+        endings = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        name = next((end for end in endings if not any(o.endswith(f"/{end}") for o in others)), path)
+        names[name] = path
     return names
 
 

@@ -58,8 +58,8 @@ def iter_records(path: str | Path) -> Iterator[tuple[str, Any]]:
         InputError: no such file, empty or broken (with the position).
     """
     path = Path(path)
-    if not path.is_file() or path.suffix in (".csv", ".tsv"):
-        found = "found a folder" if path.is_dir() else "found a table as text" if path.is_file() else "no such file"
+    if not path.is_file():
+        found = "found a folder" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {found}; give the path of an existing .json, .jsonl, .gz or .parquet file")
     place = None
     for place, record in _iter_parquet(path) if path.suffix == ".parquet" else _iter_json(path):

@@ -24,16 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from apo.cli import (
-    BadField,
-    InputError,
-    OneLineParser,
-    describe,
-    describe_counts,
-    exit_on_input_error,
-    first_few,
-    write_json,
-)
+from apo.cli import InputError, OneLineParser, describe, describe_counts, exit_on_input_error, first_few, write_json
 from apo.prompts import GOLDEN_STOP_STRINGS, SAMPLE_STOP_STRINGS, count_cuts
 from apo.records import SEPARATOR, PreferenceRecord, load_preference_data
 
@@ -99,9 +90,10 @@ def find_difference(golden: PreferenceRecord, sampled: PreferenceRecord) -> str:
     if found == expected:
         return ""
     start = next(i for i, (x, y) in enumerate(itertools.zip_longest(found, expected)) if x != y)
-    wrong = f"from character {start + 1} on, {describe(found[start:])}"
-    right = f"{describe(expected[start:])} as in {golden.place} of --golden_data_path"
-    return f"{sampled.place}: id {golden.query_id}: {BadField('query', wrong, right)}"
+    return (
+        f'{sampled.place}: id {golden.query_id}: field "query": found, from character {start + 1} on, '
+        f"{describe(found[start:])}, expected {describe(expected[start:])} as in {golden.place} of --golden_data_path"
+    )
 
 
 def convert(

@@ -86,11 +86,7 @@ def check_texts(check: FileCheck, record: PreferenceRecord) -> None:
             check.findings[f"records in which {DOUBTS[remark]}"].append(place)
         else:
             check.counts[remark] += 1
-    check.counts.update(
-        records=1,
-        responses=len(texts),
-        empty_responses=sum(not response.strip() for response in record.responses),
-    )
+    check.counts.update(records=1, responses=len(texts))
     if check.kind == "comparison_pair":
         check_pairs(check, record, texts)
     elif check.ids.setdefault(record.query_id, place) != place:
@@ -168,10 +164,7 @@ def check_file(
 def compare_files(checks: list[FileCheck]) -> Findings:
     """Finds ids without a golden or a sampled response, if there are files of both kinds, and shared prompts."""
     findings: Findings = defaultdict(list)
-    unmatched = {
-        "golden": "golden responses without sampled ones",
-        "reject_sample": "sampled responses without a golden one",
-    }
+    unmatched = {"golden": "golden responses without samples", "reject_sample": "samples without a golden response"}
     responses = [check for check in checks if check.kind in unmatched]
     for check in responses:
         known = {query_id for other in responses if other.kind != check.kind for query_id in other.ids}

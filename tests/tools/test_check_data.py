@@ -137,12 +137,12 @@ def test_ids_must_be_unique_in_files_of_golden_and_sampled_responses_only(tmp_pa
 
 
 def test_golden_responses_are_checked_as_by_the_converter(tmp_path):
-    """Bad: no golden (2), a number (3), <sep> in the query (4). An empty one is counted: the converter skips it."""
+    """Bad: no golden (2), a number (3), <sep> in the query (4). An empty one is good: the converter skips and counts it."""
     records = [golden("1"), {"query_id": "2", "query": "a"}, golden("3", response=3), golden("4", "a<sep>")]
     found = check(write_records(tmp_path / "a.json", [*records, golden("5", "What?", " ")]))
     assert counts(found.findings) == {"bad records": 3}
     assert [text.split(":")[0] for text in found.findings["bad records"]] == [f"record {i}" for i in (2, 3, 4)]
-    assert found.counts == {"records": 2, "responses": 2, "empty_responses": 1}
+    assert found.counts == {"records": 2, "responses": 2}
 
 
 def test_identical_responses_are_found_where_one_is_preferred(tmp_path):
@@ -265,11 +265,11 @@ def test_unmatched_ids_by_hand(tmp_path):
     }
     checks = [check(write_records(tmp_path / name, records)) for name, records in files.items()]
     findings = compare_files(checks)
-    assert findings["golden responses without sampled ones"] == [
+    assert findings["golden responses without samples"] == [
         f"{tmp_path}/a: record 1: id 1",
         f"{tmp_path}/a: record 2: id 2",
     ]
-    assert findings["sampled responses without a golden one"] == [f"{tmp_path}/c: record 2: id 4"]
+    assert findings["samples without a golden response"] == [f"{tmp_path}/c: record 2: id 4"]
     assert len(findings) == 2
     assert compare_files(checks[:2]) == {} and compare_files(checks[2:]) == {}
 
