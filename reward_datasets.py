@@ -306,10 +306,8 @@ class RewardDataCollator:
         import torch
         from torch.nn.utils.rnn import pad_sequence
 
-        num_responses = max(len(item["scores"]) for item in items)
-        scores = torch.full((len(items), num_responses), ABSENT_SCORE)
-        for row, item in zip(scores, items, strict=True):
-            row[: len(item["scores"])] = torch.as_tensor(item["scores"])
+        scores = [torch.tensor(item["scores"]) for item in items]
+        scores = pad_sequence(scores, batch_first=True, padding_value=ABSENT_SCORE)  # (B, R)
         apo_mask = torch.tensor([float(item["is_apo"]) for item in items])
         sequences = [ids for item in items for ids in item["input_ids"]]
         batch = {"scores": scores, "apo_mask": apo_mask}

@@ -205,12 +205,12 @@ def load_prompts(path: str | Path, data_type: str | None = None) -> list[Prompt]
         data_type: `comparison_pair` (the prompt is the text before `<sep>`) or `reject_sample` (records with a
             `query`; id and responses are optional); None: the kind of the first record.
     """
-    kind = data_type
 
     def parse(raw: dict[str, Any], default_id: str) -> PreferenceRecord:
-        nonlocal kind
-        kind = kind or record_kind(raw)
-        record = parse_record(raw, default_id, kind=kind if kind == "comparison_pair" else "query")
+        nonlocal data_type
+        data_type = data_type or record_kind(raw)
+        kind = "comparison_pair" if data_type == "comparison_pair" else "query"
+        record = parse_record(raw, default_id, kind=kind)
         if not record.prompts[0].strip():
             raise BadField("text" if "text" in raw else "prompt", "no prompt", f"one, in a text before {SEPARATOR}")
         return record

@@ -32,6 +32,7 @@ from apo.cli import (
     BadField,
     InputError,
     OneLineParser,
+    at_least,
     describe_counts,
     exit_on_input_error,
     replacing,
@@ -164,8 +165,8 @@ def parse_args() -> argparse.Namespace:
     train_help = 'records of "chosen", "rejected": .jsonl.gz, .jsonl, .json (default: from the Hub)'
     add("--train_data_path", type=Path, nargs="+", help=train_help)
     add("--test_data_path", type=Path, nargs="+", help="the same, for the test part")
-    add("--rm_size", type=int, default=20_000, help="pairs for the reward model (default: 20000)")
-    add("--valid_size", type=int, default=10_000, help="pairs for validation (default: 10000)")
+    add("--rm_size", type=at_least(1), default=20_000, help="pairs for the reward model (default: 20000)")
+    add("--valid_size", type=at_least(1), default=10_000, help="pairs for validation (default: 10000)")
     add("--seed", type=int, default=42, help="of the partition (default: 42)")
     return parser.parse_args()
 

@@ -128,9 +128,8 @@ def check_tokens(
             check.counts["truncated_responses"] += check.lengths[-1] > max_length
             if prompt and settings["truncation_side"] == "left" and after_prompt >= max_length:
                 check.findings["prompts cut away"].append(f"{record.place}: response {number}")
-        texts = list(zip(record.prompts, record.responses, strict=True))
         for i, j in preferred_pairs(record.scores):
-            if sequences[i] == sequences[j] and texts[i] != texts[j]:
+            if sequences[i] == sequences[j]:
                 check.findings["pairs of equal tokens"].append(f"{record.place}: responses {i + 1} and {j + 1}")
         tokens = count_tokens(sequences)
         check.counts.update(tokens=tokens["num_tokens"], tokens_as_trees=tokens["length"])
@@ -208,19 +207,7 @@ def parse_args() -> argparse.Namespace:
     add("--add_sep_token", nargs="?", const="true", type=str.lower, choices=("true", "false"), help=sep_help)
     add("--response_keys", nargs="+", default=[], help="fields with responses besides sample_<n> and ans_<n>")
     add("--strict", action="store_true", help="exit status 2 for any finding, not only for bad records")
-    args = parser.parse_args()
-    args.add_sep_token = {"true": True, "false": False, None: None}[args.add_sep_token]
-    return args
-
-
-def load_tokenizer(path: str, flags: dict[str, Any]) -> tuple[RewardTokenizer, dict[str, Any]]:
-    """Returns the tokenizer of a model, and the settings that `train.py` would use with these flags."""
-    from apo.tokenizer import load_reward_tokenizer
-    from models import load_config, resolve_settings
-
-    config = load_config(path)
-    settings = resolve_settings(config, **flags)
-    return load_reward_tokenizer(path, config, settings.tokenizer_backend), settings.sequence_settings
+    return parser.parse_args()
 
 
 @exit_on_input_error
@@ -231,10 +218,17 @@ def main() -> None:
     files = [("train", path) for path in args.train_data_path] + [("eval", path) for path in args.eval_data_path]
     if not files:
         raise InputError("nothing to check: give --train_data_path, --eval_data_path, or both")
-    tokenizer, settings = None, {"add_sep_token": bool(args.add_sep_token)}
+    add_sep_token = {"true": True, "false": False, None: None}[args.add_sep_token]
+    tokenizer, settings = None, {"add_sep_token": bool(add_sep_token)}
     if args.model_name_or_path:
-        flags = {name: getattr(args, name) for name in ("max_length", "truncation_side", "add_sep_token")}
-        tokenizer, settings = load_tokenizer(args.model_name_or_path, flags)
+        from apo.tokenizer import load_reward_tokenizer
+        from models import load_config, resolve_settings
+
+        config = load_config(args.model_name_or_path)
+        lengths = {"max_length": args.max_length, "truncation_side": args.truncation_side}
+        resolved = resolve_settings(config, **lengths, add_sep_token=add_sep_token)  # as train.py does
+        settings = resolved.sequence_settings
+        tokenizer = load_reward_tokenizer(args.model_name_or_path, config, resolved.tokenizer_backend)
 
     checks = [check_file(path, role, settings, tokenizer, args.response_keys) for role, path in dict.fromkeys(files)]
     shared = compare_files(checks)
