@@ -33,7 +33,7 @@ ABSENT_SCORE = -1.0  # marks an absent response in a ragged (B, R) score matrix
 TOKENIZE_BATCH_SIZE = 512
 DATASET_VERSION = 6  # part of the cache key: raise it when the rows of `tokenize_records` change
 
-TokenIds = tuple[list[int], list[int]]  # of a prompt and of a response to it
+Encoded = tuple[PreferenceRecord, list[tuple[list[int], list[int]]]]  # with prompt ids and ids of each response
 
 
 # ------------------------------------------------------------------------------------------------ tokenising
@@ -72,9 +72,7 @@ def preferred_pairs(scores: list[float]) -> list[tuple[int, int]]:
     return [(i, j) for i, j in itertools.permutations(range(len(scores)), 2) if scores[i] > scores[j]]
 
 
-def encode_records(
-    records: Iterable[PreferenceRecord], tokenizer: RewardTokenizer
-) -> Iterator[tuple[PreferenceRecord, list[TokenIds]]]:
+def encode_records(records: Iterable[PreferenceRecord], tokenizer: RewardTokenizer) -> Iterator[Encoded]:
     """Yields each record with the token ids of its responses; prompt and response are encoded apart."""
     records = iter(records)
     while batch := list(itertools.islice(records, TOKENIZE_BATCH_SIZE)):
@@ -199,8 +197,7 @@ def load_preference_dataset(
                 records = iter_preference_data(path, data_type, add_sep_token, response_keys)
                 _write_rows(cache_path, tokenize_records(records, tokenizer, **settings))
     dataset = datasets.Dataset.from_file(str(cache_path))
-    if num_records is not None:
-        dataset = dataset.select(range(min(len(dataset), num_records)))
+    dataset = dataset.select(range(len(dataset))[:num_records])
     _log_counts(path, dataset)
     return dataset
 

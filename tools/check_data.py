@@ -31,7 +31,7 @@ import numpy as np
 from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, first_few
 from apo.prompts import DOUBTS, normalize_space
 from apo.records import PreferenceRecord, iter_valid, parse_record, record_kind
-from reward_datasets import TokenIds, build_sequence, count_tokens, encode_records, preferred_pairs
+from reward_datasets import Encoded, build_sequence, count_tokens, encode_records, preferred_pairs
 
 if TYPE_CHECKING:
     from apo.tokenizer import RewardTokenizer
@@ -112,12 +112,7 @@ def check_pairs(check: FileCheck, record: PreferenceRecord, texts: list[tuple[st
     )
 
 
-def check_tokens(
-    check: FileCheck,
-    batch: list[tuple[PreferenceRecord, list[TokenIds]]],
-    tokenizer: RewardTokenizer,
-    settings: dict[str, Any],
-) -> None:
+def check_tokens(check: FileCheck, batch: list[Encoded], tokenizer: RewardTokenizer, settings: dict[str, Any]) -> None:
     """Adds the findings and counts of the tokens of records that are padded together."""
     num_rows, width, max_length = 0, 0, settings["max_length"]
     for record, pairs_ids in batch:
@@ -233,11 +228,10 @@ def main() -> None:
     checks = [check_file(path, role, settings, tokenizer, args.response_keys) for role, path in dict.fromkeys(files)]
     shared = compare_files(checks)
     num_findings = sum(len(cases) for found in (shared, *(c.findings for c in checks)) for cases in found.values())
-    blocks = [*map(format_file, checks), ["across files", *format_findings(shared)]]
     left_out = "left out without --model_name_or_path: truncation, lengths in tokens, padding"
-    blocks.append([f"settings: {settings}, {BATCH_SIZE} items a batch" if tokenizer else left_out])
-    blocks.append([f"findings in total: {num_findings}"])
-    report = "\n\n".join("\n".join(block) for block in blocks)
+    tokens = f"settings: {settings}, {BATCH_SIZE} items a batch" if tokenizer else left_out
+    blocks = [*map(format_file, checks), ["across files", *format_findings(shared)], [tokens]]
+    report = "\n\n".join("\n".join(block) for block in [*blocks, [f"findings in total: {num_findings}"]])
     print(report.encode(errors="replace").decode())  # no unpaired surrogate of a record
     is_unusable = any(check.findings["unreadable"] + check.findings["bad records"] for check in checks)
     if is_unusable or (args.strict and num_findings):
