@@ -54,7 +54,6 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("run_dirs", nargs="+", help="output folders of runs that evaluated")
-    parser.add_argument("--bins", type=int, default=10, help="bins of the calibration error (default: 10)")
     parser.add_argument("--allow_changes", action="store_true", help="compare sets of one name on different data")
     return parser.parse_args()
 
@@ -69,7 +68,7 @@ def main() -> None:
     for name in dict.fromkeys(name for sets in results.values() for name in sets):
         hashes = {run: find_hash(run_dirs[run], name) for run in results if name in results[run]}
         check_same_data(name, hashes, args.allow_changes)
-    print(format_results({run + head_mark(run_dirs[run]): sets for run, sets in results.items()}, args.bins))
+    print(format_results({run + head_mark(run_dirs[run]): sets for run, sets in results.items()}))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def test_the_converter_reads_the_result(annotate, server, tmp_path, capsys):
     samples = [{"query_id": str(i), "query": q, "sample_0": " No idea at all."} for i, q in enumerate(PROMPTS)]
     sampled = load_responses(write_records(tmp_path / "s.json", samples), "sampled")
     pairs = convert(load_responses(path, "golden"), sampled)
-    assert pairs.num_pairs == 5
+    assert len(pairs.items) == 5
     assert sorted(file.name for file in tmp_path.glob("g.*")) == ["g.json", "g.settings.json"]
 
 
