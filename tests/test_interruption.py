@@ -12,7 +12,7 @@ import torch
 from conftest import CHECKPOINT, E2E, ON_CPU, REPO_ROOT, command_line, log_history, read_json, run_main, training
 from safetensors.torch import load_file
 
-from apo.resumable import Interruption
+from apo.resumable import ResumableTrainer
 from apo.run_state import exclusive
 
 
@@ -70,14 +70,14 @@ def stop_at(monkeypatch):
     """Runs the command until SIGTERM at the end of a step; it saves and ends."""
 
     def run(step: int, **flags) -> None:
-        on_step_end = Interruption.on_step_end
+        on_step_end = ResumableTrainer.on_step_end
 
         def stop(self, args, state, control, **kwargs):
             self._signum = signal.SIGTERM * (state.global_step == step)
             on_step_end(self, args, state, control, **kwargs)
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
-            patch.setattr(Interruption, "on_step_end", stop)
+            patch.setattr(ResumableTrainer, "on_step_end", stop)
             run_main(**ON_CPU, **flags)
 
     return run
