@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
@@ -18,9 +19,6 @@ from apo.resumable import ResumableTrainer
 from arguments import RewardTrainingArguments
 from models import RewardModelOutput
 from reward_datasets import batch_by_tokens
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 CPU_TOKEN_BUDGET = 2048  # larger batches do not fit the caches: at 8,192 tokens a token takes a tenth longer
 
@@ -191,15 +189,9 @@ def in_file_order(
 
 
 def logged_fractions(rewards: Tensor, scores: Tensor, apo_mask: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is logged of a micro-batch, as fractions that can be added up over batches and processes.
+    """What is logged of a micro-batch: (B, R), (B, R), (B,), {name: term of the loss} -> {name: (2,) float64}.
 
-    Args:
-        rewards, scores: (B, R).
-        apo_mask: (B,) 1 for golden-over-sampled items.
-        terms: the weighted terms of its loss, scalars.
-
-    Returns:
-        {name: (2,) float64, a sum and what it is divided by: the number of pairs, or for the terms 1}.
+    The two are a sum and what it is divided by, once they are added up over micro-batches and processes.
     """
     pairs = preference_pairs(scores)
     golden = pairs & (apo_mask > 0)[:, None, None]
@@ -284,17 +276,11 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
             self.window[name] = self.window.get(name, 0.0) + value
         return sum(terms.values())
 
-    @property
-    def eval_token_budget(self) -> int:
-        """Tokens of a batch in evaluation and scoring, at most."""
-        if self.args.eval_token_budget:
-            return self.args.eval_token_budget
-        pairs = 2 * self.model.settings.max_length * self.args.eval_batch_size
-        return min(pairs, CPU_TOKEN_BUDGET) if self.args.device.type == "cpu" else pairs
-
     def eval_batches(self, dataset: Dataset) -> list[list[int]]:
-        """Indices of the items of each batch, over all processes."""
-        return batch_by_tokens(dataset, self.eval_token_budget, self.data_collator.batching)
+        """Indices of the items of each batch in evaluation and scoring, over all processes."""
+        pairs = 2 * self.model.settings.max_length * self.args.eval_batch_size
+        default = min(pairs, CPU_TOKEN_BUDGET) if self.args.device.type == "cpu" else pairs
+        return batch_by_tokens(dataset, self.args.eval_token_budget or default, self.data_collator.batching)
 
     def predict_batches(self, dataset: Dataset, batches: list[list[int]]) -> dict[int, np.ndarray]:
         """Rewards (R,) of the items of some batches of a data set, by index."""
@@ -302,7 +288,7 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
         return dict(zip(output.label_ids[-1].tolist(), output.predictions[0], strict=True))
 
     def get_eval_dataloader(self, eval_dataset: str | Dataset, batches: list[list[int]] | None = None) -> DataLoader:
-        """This process's share of the batches, by default of `eval_batches`; each has the `index` (B,) of its items."""
+        """This process's share of the batches (default: `eval_batches`); each has the `index` (B,) of its items."""
         dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         batches = self.eval_batches(dataset) if batches is None else batches
         # All processes run equally many batches, since ZeRO-3 gathers weights in each; who lacks one repeats another.

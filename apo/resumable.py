@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from apo.cli import InputError, raise_interrupt, read_json, write_json
@@ -100,7 +100,7 @@ class ResumableTrainer(Trainer, TrainerCallback):
             os.write(2, f"{signal.Signals(signum).name}: a checkpoint is saved after this step\n".encode())  # no lock
         self._signum = signum
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Continues the sums of the checkpoint that training resumes from, if it does; takes over both signals."""
         self._start_time = time.time()
         if state.global_step and (progress := read_json(Path(args.resume_from_checkpoint, self._progress_name))):
@@ -114,9 +114,7 @@ class ResumableTrainer(Trainer, TrainerCallback):
         for signum in SIGNALS:
             signal.signal(signum, self._handle_signal)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for a checkpoint if a signal has reached any process; at the end of an epoch, after its evaluation."""
         self._agreed_signum = self._signum
         if args.world_size > 1:
@@ -125,9 +123,7 @@ class ResumableTrainer(Trainer, TrainerCallback):
         should_save = control.should_save or bool(self._agreed_signum)
         self._save_later, control.should_save = should_save and is_last, should_save and not is_last
 
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Asks for the checkpoint of the last step of the epoch: before it, a resume would miss the evaluation."""
         control.should_save |= self._save_later
         self._save_later = False

@@ -62,19 +62,15 @@ class ResultStore:
         self._own_path = result_path.with_suffix(f".{self.fingerprint}.rank{rank}.partial.jsonl")
         self.lock_path = result_path.with_suffix(f".rank{rank}")  # to hold from `load` to `finish`
 
-    def _partial_paths(self, fingerprint: str) -> list[Path]:
+    def find_partial(self, fingerprint: str) -> list[Path]:
+        """The files of the items of all processes; "*" for those of all settings."""
         name = f"{glob.escape(self.result_path.stem)}.{fingerprint}.rank*.partial.jsonl"
         return sorted(self.result_path.parent.glob(name))
-
-    def find_others(self) -> list[str]:
-        """The names of the files of other settings."""
-        others = set(self._partial_paths("*")) - set(self._partial_paths(self.fingerprint))
-        return sorted(path.name for path in others)
 
     def load(self) -> dict[str, list[Any]]:
         """Reads the items that all processes of this and earlier runs kept; incomplete lines are skipped."""
         items: dict[str, list[Any]] = {}
-        for path in self._partial_paths(self.fingerprint):
+        for path in self.find_partial(self.fingerprint):
             lines = []
             with contextlib.suppress(FileNotFoundError):  # another process has written the result in the meantime
                 lines = path.read_bytes().split(b"\n")
@@ -100,7 +96,7 @@ class ResultStore:
         """Writes the result, then its settings, then deletes the partial files; several processes may do this."""
         write_json(self.result_path, records)
         write_json(self.result_path.with_suffix(".settings.json"), {**self._record(), **self.notes})
-        for path in self._partial_paths(self.fingerprint):
+        for path in self.find_partial(self.fingerprint):
             path.unlink(missing_ok=True)
 
     def _record(self) -> dict[str, Any]:
@@ -138,8 +134,8 @@ def complete_items(
     todo = {key: items[key] for key in share if key not in done}
     if num_done := sum(key in done for key in items):
         logger.info("%d of %d %s were done before", num_done, len(items), noun)
-    if others := store.find_others():
-        logger.info("not used, other settings: %s", first_few(others))
+    if others := set(store.find_partial("*")) - set(store.find_partial(store.fingerprint)):
+        logger.info("not used, other settings: %s", first_few(sorted(path.name for path in others)))
     with tqdm(total=len(share), initial=len(share) - len(todo), unit=noun, disable=not (todo and progress)) as bar:
 
         def keep(key: str, values: list[Any]) -> None:

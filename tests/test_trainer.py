@@ -237,9 +237,10 @@ def random_items(num: int, num_responses: int = 2, seed: int = 0) -> list[dict]:
         ({"per_device_eval_batch_size": 8, "eval_token_budget": 5000}, 5000),
     ],
 )
-def test_tokens_of_an_evaluation_batch_on_a_cpu(tmp_path, flags, budget):
+def test_tokens_of_an_evaluation_batch_on_a_cpu(tmp_path, monkeypatch, flags, budget):
+    monkeypatch.setattr("trainer.batch_by_tokens", lambda dataset, budget, batching: budget)
     model, tokenizer = load_model(max_length=512)
-    assert make_trainer(tmp_path, model, tokenizer, random_items(1), **flags).eval_token_budget == budget
+    assert make_trainer(tmp_path, model, tokenizer, random_items(1), **flags).eval_batches([]) == budget
 
 
 def test_every_parameter_moves_in_a_training_step(tmp_path):
