@@ -147,10 +147,8 @@ class RewardTrainingArguments(TrainingArguments):
             config = read_json(self.deepspeed)
             zero = config.get("zero_optimization", {})
             if not config or not isinstance(zero, dict) or zero.get("stage", 0) not in range(4):
-                expected = (
-                    'expected a JSON object, and in it "zero_optimization", an object with a "stage" from 0 to 3'
-                )
-                raise InputError(f"--deepspeed {self.deepspeed}: no such file, or another content; {expected}")
+                expected = 'a JSON object, and in it "zero_optimization", an object with a "stage" from 0 to 3'
+                raise InputError(f"--deepspeed {self.deepspeed}: no such file, or its content is not {expected}")
         if self.greater_is_better is None and "_calibration_" in (self.metric_for_best_model or ""):
             self.greater_is_better = False
         super().__post_init__()

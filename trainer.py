@@ -17,7 +17,6 @@ from apo.cli import InputError, first_few
 from apo.divergence import GuardedTrainer
 from apo.resumable import ResumableTrainer
 from arguments import RewardTrainingArguments
-from models import RewardModelOutput
 from reward_datasets import batch_by_tokens
 
 CPU_TOKEN_BUDGET = 2048  # larger batches do not fit the caches: at 8,192 tokens a token takes a tenth longer
@@ -168,26 +167,6 @@ def preference_metrics(
 # ------------------------------------------------------------------------------------------------ trainer
 
 
-def in_file_order(
-    predictions: tuple[np.ndarray, ...], labels: tuple[np.ndarray, ...]
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Sorts gathered rows by the last of the labels, their index in the data set; drops repeated rows and index -1.
-
-    The first of the labels are the scores, (B, R); where they mark an absent response the predictions become NaN.
-
-    Raises:
-        InputError: the prediction for a present response is not finite.
-    """
-    index, rows = np.unique(labels[-1], return_index=True)
-    rows, index = rows[index >= 0], index[index >= 0]
-    absent = labels[0][rows] < 0
-    bad = index[(~np.isfinite(predictions[0][rows]) & ~absent).any(-1)] + 1
-    if len(bad):
-        found = f"{len(bad)} of {len(index)} records ({first_few([*map(str, bad)])}, counted from 1)"
-        raise InputError(f"{found} got a reward that is not finite; the model diverged, or overflows in --dtype")
-    return tuple(np.where(absent, np.nan, array[rows]) for array in predictions), tuple(x[rows] for x in labels)
-
-
 def logged_fractions(rewards: Tensor, scores: Tensor, apo_mask: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is logged of a micro-batch: (B, R), (B, R), (B,), {name: term of the loss} -> {name: (2,) float64}.
 
@@ -237,13 +216,8 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
         """The responses to model, those scored above the threshold: (B, R) -> (N,) bool (arXiv:2309.03126)."""
         return scores[scores >= 0] > self.args.lm_score_thresh if self.args.lm_loss_coeff > 0 else None
 
-    def _loss_terms(
-        self, rewards: Tensor, scores: Tensor, apo_mask: Tensor, lm_losses: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The weighted terms whose sum is the loss: (B, R), (B, R), (B,), (N,) -> scalars.
-
-        The LM term is a mean over the responses to model; `lm_losses` is 0 for the others.
-        """
+    def _loss_terms(self, scores: Tensor, apo_mask: Tensor, rewards: Tensor, *lm_losses: Tensor) -> dict[str, Tensor]:
+        """The weighted terms whose sum is the loss, from (B, R), (B,) and what `_forward` returns."""
         if self.args.task_type == "apo":
             names = ("rm_kl_coeff", "apo_loss_coeff", "apo_sample_num", "apo_loss_type")
             coefficients = {name: getattr(self.args, name) for name in names}
@@ -251,9 +225,9 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
             terms = {"ranking_term": human, "apo_term": golden}
         else:
             terms = {"ranking_term": ranking_loss(rewards, scores)}
-        if self.args.lm_loss_coeff > 0:
+        for losses in lm_losses:  # a mean over the responses to model; the losses of the others are 0
             num_modelled = self._lm_mask(scores).sum().clamp(min=1)
-            terms["lm_term"] = self.args.lm_loss_coeff * lm_losses.sum() / num_modelled
+            terms["lm_term"] = self.args.lm_loss_coeff * losses[scores >= 0].sum() / num_modelled
         return terms
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -261,18 +235,20 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
         labels = {name: inputs[name].to(self.args.device) for name in ("scores", "apo_mask")}
         return {**super()._prepare_inputs(inputs), **labels}
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> RewardModelOutput:
-        lm_mask = self._lm_mask(inputs["scores"])
+    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """(rewards[, lm_losses]), (B, R) each, NaN at absent responses."""
+        scores = inputs["scores"]
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "tree") if name in inputs}
-        return model(**tokens, lm_mask=lm_mask)
+        output = model(**tokens, lm_mask=self._lm_mask(scores))
+        nan = torch.full_like(scores, torch.nan)
+        return tuple(nan.masked_scatter(scores >= 0, values) for values in output.values())
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Mean loss over the pairs of a micro-batch."""
-        output = self._forward(model, inputs)
+        predictions = self._forward(model, inputs)
         scores, apo_mask = inputs["scores"], inputs["apo_mask"]
-        rewards = torch.zeros_like(scores).masked_scatter(scores >= 0, output["rewards"])  # (B, R)
-        terms = self._loss_terms(rewards, scores, apo_mask, output.get("lm_losses"))
-        for name, value in logged_fractions(rewards.detach(), scores, apo_mask, terms).items():
+        terms = self._loss_terms(scores, apo_mask, *predictions)
+        for name, value in logged_fractions(predictions[0].detach(), scores, apo_mask, terms).items():
             self.window[name] = self.window.get(name, 0.0) + value
         return sum(terms.values())
 
@@ -310,33 +286,40 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
     get_test_dataloader = get_eval_dataloader  # of `predict`
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Returns predictions and labels in file order, each item once, and the metrics over all pairs at once."""
+        """Returns predictions and labels in file order, each item once, and the metrics over all pairs at once.
+
+        Raises:
+            InputError: the reward of a present response is not finite.
+        """
         self.gather_function = self.accelerator.gather  # the other one would cut what it takes for repeated samples
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        predictions, labels = in_file_order(output.predictions, output.label_ids)
-        (rewards, *lm_losses), (scores, apo_mask, _) = predictions, labels
-        arrays = (rewards, scores, apo_mask, *(losses[scores >= 0] for losses in lm_losses))
-        terms = self._loss_terms(*(torch.as_tensor(array, dtype=torch.float64) for array in arrays))
+        index, rows = np.unique(output.label_ids[-1], return_index=True)
+        rows = rows[index >= 0]  # -1 fills up the share of a process
+        scores, apo_mask, index = labels = tuple(array[rows] for array in output.label_ids)
+        absent = scores < 0  # also where gathering fills up
+        predictions = tuple(np.where(absent, np.nan, array[rows]) for array in output.predictions)
+        bad = index[(~np.isfinite(predictions[0]) & ~absent).any(-1)] + 1
+        if len(bad):
+            found = f"{len(bad)} of {len(index)} records ({first_few([*map(str, bad)])}, counted from 1)"
+            raise InputError(f"{found} got a reward that is not finite; the model diverged, or overflows in --dtype")
+        tensors = (torch.as_tensor(array, dtype=torch.float64) for array in (scores, apo_mask, *predictions))
         bins = self.args.calibration_bins if self.args.rm_calibration else None
-        metrics = {"loss": sum(terms.values()).item(), **preference_metrics(rewards, scores, bins)}
+        metrics = {"loss": sum(self._loss_terms(*tensors).values()).item()}
+        metrics |= preference_metrics(predictions[0], scores, bins)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()} | output.metrics
         return output._replace(predictions=predictions, label_ids=labels, metrics=metrics)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[None, tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
-        """Returns no loss, (rewards[, lm_losses]) and (scores, apo_mask, index); (B, R) each, NaN at absent responses.
+        """Returns no loss, what `_forward` returns, and (scores, apo_mask, index).
 
         B is that of the process with the most items; what fills it up elsewhere has the index -1.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            output = self._forward(model, inputs)
-        scores = inputs["scores"]
-        nan = torch.full_like(scores, torch.nan)
-        names = ("rewards", "lm_losses") if self.args.lm_loss_coeff > 0 else ("rewards",)
-        predictions = tuple(nan.masked_scatter(scores >= 0, output[name]) for name in names)
-        labels = (scores, inputs["apo_mask"], inputs["index"])
+            predictions = self._forward(model, inputs)
+        labels = (inputs["scores"], inputs["apo_mask"], inputs["index"])
         return None, *(self.accelerator.pad_across_processes(part, pad_index=-1) for part in (predictions, labels))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -321,9 +321,9 @@ def test_lm_term_averages_over_the_responses_above_the_threshold(tmp_path):
     scores = torch.tensor([[0.99, 0.5, -1.0], [0.9, 0.2, -1.0]])
     assert trainer._lm_mask(scores).tolist() == [True, False, True, False]
     rewards, apo_mask = torch.zeros_like(scores), torch.zeros(2)
-    terms = trainer._loss_terms(rewards, scores, apo_mask, torch.tensor([1.0, 0.0, 4.0, 0.0]))
-    assert terms["lm_term"].item() == pytest.approx(0.75)
-    assert trainer._loss_terms(rewards, scores.clamp(max=0.5), apo_mask, torch.zeros(4))["lm_term"].item() == 0.0
+    lm_losses = torch.tensor([[1.0, 0.0, torch.nan], [4.0, 0.0, torch.nan]])
+    assert trainer._loss_terms(scores, apo_mask, rewards, lm_losses)["lm_term"].item() == pytest.approx(0.75)
+    assert trainer._loss_terms(scores.clamp(max=0.5), apo_mask, rewards, 0 * lm_losses)["lm_term"].item() == 0.0
 
 
 def test_loss_with_lm_term_is_the_sum_of_both(tmp_path):
