@@ -73,9 +73,6 @@ class ModelArguments:
         default="float32", help="Type of the weights in memory; --bf16 computes in bfloat16 on float32 weights."
     )
 
-    def __post_init__(self) -> None:
-        check_flags(self)
-
 
 @dataclass
 class DataArguments:
@@ -242,6 +239,7 @@ def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArgu
         )
     except (ValueError, ImportError, TypeError) as error:  # transformers checks its own flags
         raise InputError(" ".join(str(error).split())) from error
+    check_flags(model_args)
     _check_task(data_args, args)
     if args.do_train and model_args.dtype == "float16" and not args.deepspeed:
         raise InputError("--dtype float16: such weights overflow in training; give --fp16 true, or bfloat16")

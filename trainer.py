@@ -128,11 +128,8 @@ def calibration_errors(rewards: np.ndarray, scores: np.ndarray, num_bins: int) -
     """Expected (weighted by count), average (over non-empty bins) and maximal calibration error."""
     curve = calibration_curve(rewards, scores, num_bins)
     gaps = np.abs(curve["accuracy"] - curve["confidence"])
-    return {
-        f"calibration_ECE_bin{num_bins}": float(np.average(gaps, weights=curve["count"])),
-        f"calibration_ACE_bin{num_bins}": float(gaps.mean()),
-        f"calibration_MCE_bin{num_bins}": float(gaps.max()),
-    }
+    errors = {"ECE": np.average(gaps, weights=curve["count"]), "ACE": gaps.mean(), "MCE": gaps.max()}
+    return {f"calibration_{name}_bin{num_bins}": float(error) for name, error in errors.items()}
 
 
 def preference_metrics(
@@ -217,7 +214,7 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
         return scores[scores >= 0] > self.args.lm_score_thresh if self.args.lm_loss_coeff > 0 else None
 
     def _loss_terms(self, scores: Tensor, apo_mask: Tensor, rewards: Tensor, *lm_losses: Tensor) -> dict[str, Tensor]:
-        """The weighted terms whose sum is the loss, from (B, R), (B,) and what `_forward` returns."""
+        """The weighted terms whose sum is the loss, scalars, from (B, R), (B,) and what `_forward` returns."""
         if self.args.task_type == "apo":
             names = ("rm_kl_coeff", "apo_loss_coeff", "apo_sample_num", "apo_loss_type")
             coefficients = {name: getattr(self.args, name) for name in names}
@@ -304,8 +301,8 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
             raise InputError(f"{found} got a reward that is not finite; the model diverged, or overflows in --dtype")
         tensors = (torch.as_tensor(array, dtype=torch.float64) for array in (scores, apo_mask, *predictions))
         bins = self.args.calibration_bins if self.args.rm_calibration else None
-        metrics = {"loss": sum(self._loss_terms(*tensors).values()).item()}
-        metrics |= preference_metrics(predictions[0], scores, bins)
+        loss = sum(self._loss_terms(*tensors).values()).item()
+        metrics = {"loss": loss, **preference_metrics(predictions[0], scores, bins)}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()} | output.metrics
         return output._replace(predictions=predictions, label_ids=labels, metrics=metrics)
 

@@ -108,8 +108,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A command line with full flag names only, whose errors are one line instead of a page of usage."""
 
     def __init__(self, **options: Any) -> None:
-        defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-        super().__init__(**defaults | options)
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")

@@ -50,7 +50,6 @@ def save_calibration(output_dir: str, name: str, curves: dict[int, dict[str, np.
     """Writes the reliability diagrams of one evaluation set to `calibration_<name>.json` and `.png`.
 
     Args:
-        output_dir: folder of both files.
         name: of the evaluation set; `/` becomes `_`.
         curves: {number of bins: `trainer.calibration_curve`}.
     """
@@ -100,7 +99,6 @@ def plot_lengths_and_batching(
     """Plots the lengths of the sequences of each file, and the tokens that each way of batching runs.
 
     Args:
-        path: of the PNG.
         lengths: file -> tokens of each sequence, before truncation.
         ratios: file -> way of batching -> tokens run for each token of a sequence.
         max_length: tokens that a sequence is cut to.

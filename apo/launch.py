@@ -55,6 +55,7 @@ def prepare_deepspeed(device_type: str) -> None:
     # Another `ninja` earlier on the path would compile everything anew, and an environment need not be activated.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     remove_stale_build_locks()
+    import deepspeed
     import torch
     from deepspeed.runtime.fp16 import loss_scaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -65,8 +66,6 @@ def prepare_deepspeed(device_type: str) -> None:
     allowed = [loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum, fragment_address]
     torch.serialization.add_safe_globals(allowed)
     if device_type == "cpu":
-        import deepspeed
-
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 

@@ -63,8 +63,7 @@ class ResumableTrainer(Trainer, TrainerCallback):
         self.args.save_total_limit = limit
         self._delete_old_checkpoints()
         if self._agreed_signum:
-            step = f"step {self.state.global_step} of {self.state.max_steps}"
-            raise_interrupt(self._agreed_signum, line=f"after {step}, saved in {folder}; ")
+            raise_interrupt(self._agreed_signum, line=f"after step {self.state.global_step}, saved in {folder}; ")
 
     def _delete_old_checkpoints(self) -> None:
         if self.args.should_save:

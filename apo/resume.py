@@ -47,9 +47,9 @@ class ResultStore:
     """The finished items of a result, on disk.
 
     An item is a key and its values: a prompt's key and its responses, or the number of a batch and its rewards. Every
-    process appends to its own file, `<result>.<fingerprint>.rank<i>.partial.jsonl`, one `[key, values]` a line. The
-    fingerprint is a hash of the settings, so that items of different settings never mix. All that the values depend on
-    is in the settings or in the key. Notes, such as a server's address, are only recorded beside the result.
+    process appends to its own file, `<result>.<fingerprint>.rank<i>.partial.jsonl`, one `[key, values, notes]` a line.
+    The fingerprint is a hash of the settings, so that items of different settings never mix. What the values depend on
+    is in the settings or in the key. Notes, such as a server's address, are kept too; a changed one is a warning.
     """
 
     def __init__(
@@ -70,14 +70,17 @@ class ResultStore:
     def load(self) -> dict[str, list[Any]]:
         """Reads the items that all processes of this and earlier runs kept; incomplete lines are skipped."""
         items: dict[str, list[Any]] = {}
+        notes: dict[str, Any] = {}
         for path in self.find_partial(self.fingerprint):
             lines = []
             with contextlib.suppress(FileNotFoundError):  # another process has written the result in the meantime
                 lines = path.read_bytes().split(b"\n")
             for line in lines:
                 with contextlib.suppress(ValueError):
-                    key, values = json.loads(line)
+                    key, values, kept_notes = json.loads(line)
                     items[key] = values
+                    notes |= kept_notes
+        self._warn_of_changed(notes)
         return items
 
     def load_result(self) -> list[dict[str, Any]] | None:
@@ -85,12 +88,18 @@ class ResultStore:
         recorded = read_recorded(self.result_path)
         if not self.result_path.is_file() or recorded != {**recorded, **self._record()}:
             return None
+        self._warn_of_changed(recorded)
         return json.loads(self.result_path.read_text(encoding="utf-8"))
+
+    def _warn_of_changed(self, recorded: Mapping[str, Any]) -> None:
+        for name, value in self.notes.items():
+            if recorded.get(name, value) != value:
+                logger.warning("%s was %s for what is kept, and is %s now", name, recorded[name], value)
 
     def append(self, key: str, values: list[Any]) -> None:
         """Keeps an item. Its line break comes first, and so ends the incomplete line of a process that was killed."""
         with open(self._own_path, "ab") as file:
-            file.write(b"\n" + json.dumps([key, values]).encode())
+            file.write(b"\n" + json.dumps([key, values, self.notes]).encode())
 
     def finish(self, records: list[dict[str, Any]]) -> None:
         """Writes the result, then its settings, then deletes the partial files; several processes may do this."""

@@ -116,10 +116,8 @@ def choose_start(
     if resume.lower() == "false":
         if not checkpoints:
             return None
-        raise InputError(
-            f"{output_dir} holds checkpoints of an earlier run ({checkpoints[0].name}); choose another "
-            "--output_dir, delete them, or resume with --resume_from_checkpoint true"
-        )
+        advice = "choose another --output_dir, delete them, or resume with --resume_from_checkpoint true"
+        raise InputError(f"{output_dir} holds checkpoints of an earlier run ({checkpoints[0].name}); {advice}")
     for checkpoint in checkpoints if resume.lower() == "true" else [Path(resume)]:
         fault = find_fault(checkpoint)
         if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.glob("*")):
@@ -157,10 +155,8 @@ def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any], eval_data
     if changes := describe_changes(recorded["depends_on"], depends_on):
         raise InputError(f"{output_dir} holds a finished run with {changes}; choose another --output_dir")
     if recorded.get("eval_data", eval_data) != eval_data:
-        raise InputError(
-            f"{output_dir}: this run has finished, with other evaluation data; evaluate its model: give it as "
-            "--model_name_or_path, without --do_train, and another --output_dir"
-        )
+        how = "give it as --model_name_or_path, without --do_train, and another --output_dir"
+        raise InputError(f"{output_dir}: this run has finished, with other evaluation data; evaluate its model: {how}")
     fault = find_fault(output_dir, WEIGHTS)
     if eval_data and not Path(output_dir, "final_eval_results.json").is_file():
         fault = fault or "final_eval_results.json is missing"

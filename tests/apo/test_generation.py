@@ -91,7 +91,6 @@ def test_finished_responses_are_those_kept_and_those_of_the_result(tmp_path):
     store = ResultStore(tmp_path / "r.json", {"seed": 1})
     assert load_finished(store, FIELDS) == ({}, {})
     generate(tmp_path, FakeEngine("2"))
-    store.open()
     store.append(PROMPTS[2].key, [" new", ""])
     kept, written = load_finished(store, FIELDS)
     assert kept == {PROMPTS[2].key: [" new", ""]} and list(written) == [PROMPTS[i].key for i in (0, 1, 3)]

@@ -82,14 +82,20 @@ def test_two_processes_may_finish(tmp_path):
     assert second.load() == {} and second.load_result() == []
 
 
-def test_notes_are_only_recorded(tmp_path):
-    """A server has another address tomorrow."""
-    one, two = (ResultStore(tmp_path / "x_results.json", SETTINGS, notes={"base_url": url}) for url in ("one", "two"))
-    one.append("a", [" x"])
-    assert two.load() == {"a": [" x"]}
-    one.finish([{"query_id": "a"}])
+def test_a_changed_note_is_a_warning_only(tmp_path, caplog):
+    def store(url: str) -> ResultStore:
+        return ResultStore(tmp_path / "x_results.json", SETTINGS, notes={"base_url": url})
+
+    first = store("one")
+    first.append("a", [" x"])
+    assert store("one").load() == {"a": [" x"]} and caplog.text == ""
+    assert store("two").load() == {"a": [" x"]}
+    assert "base_url was one for what is kept, and is two now" in caplog.text
+    first.finish([{"query_id": "a"}])
     assert read_json(tmp_path / "x_results.settings.json")["base_url"] == "one"
-    assert two.load_result() == [{"query_id": "a"}]
+    caplog.clear()
+    assert store("one").load_result() == [{"query_id": "a"}] and caplog.text == ""
+    assert store("two").load_result() == [{"query_id": "a"}] and "base_url was one" in caplog.text
 
 
 def squares(folder, share: list[str] | None = None, rank: int = 0, num_items: int | None = None):
