@@ -114,6 +114,12 @@ def test_damaged_best_checkpoint_is_not_taken_for_the_result(tmp_path, stop_at, 
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_best_checkpoint_without_an_optimizer_is_loaded_at_the_end(tmp_path):
+    run_main(**ON_CPU, **best_run(tmp_path, save_only_model=True))
+    weights, expected = (load_file(tmp_path / "out" / name / "model.safetensors") for name in ("", "checkpoint-4"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 def test_checkpoint_without_an_optimizer_is_not_resumed(tmp_path, stop_at, caplog):
     flags = whole_run(tmp_path, save_only_model=True, resume_from_checkpoint=True, max_steps=6)
     stop_at(3, **flags)
