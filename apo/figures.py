@@ -48,7 +48,6 @@ def save_calibration(output_dir: str, name: str, curves: dict[int, dict[str, np.
     """Writes the reliability diagrams of one evaluation set to `calibration_<name>.json` and `.png`.
 
     Args:
-        output_dir: folder of both files.
         name: of the evaluation set; `/` becomes `_`.
         curves: {number of bins: `trainer.calibration_curve`}.
     """

@@ -28,7 +28,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from apo.cli import InputError
 from apo.generation import Decoding, derive_seed
-from apo.launch import count_processes, local_rank, process_rank
+from apo.launch import count_processes, process_rank
 from apo.prompts import Prompt, hash_prompts, stop_strings_of
 from apo.resume import model_version
 
@@ -75,7 +75,7 @@ def load_llm(path: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTr
     eos = tokenizer.eos_token_id if eos is None else eos
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos[0] if isinstance(eos, list) else eos)
     num_gpus = torch.cuda.device_count()
-    device = f"cuda:{local_rank() % num_gpus}" if num_gpus else "cpu"
+    device = f"cuda:{process_rank() % num_gpus}" if num_gpus else "cpu"
     return model.eval().to(device)
 
 

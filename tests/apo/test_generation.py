@@ -94,7 +94,6 @@ def test_a_result_that_lacks_prompts_is_written_and_an_error_unless_allowed(tmp_
 def test_finished_responses_are_those_kept_and_those_of_the_result(tmp_path):
     generate(tmp_path, FakeEngine("2"))
     store = ResultStore(tmp_path / "r.json", {"seed": 1})
-    store.open()
     store.append(PROMPTS[2].key, [" new", ""])
     store.close()
     engine = FakeEngine()
