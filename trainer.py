@@ -219,6 +219,11 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
         self.model.eval()
         rewards = self.model.score(*PROBES)
         self.model.train(was_training)
+        if not all(map(math.isfinite, rewards)):
+            raise InputError(
+                f"step {self.state.global_step}: the run diverged (rewards are NaN or infinite); nothing is saved; "
+                "lower --learning_rate"
+            )
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             is_exact = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)

@@ -43,9 +43,9 @@ if [[ ! -f $samples ]]; then
 import sys
 
 from apo.cli import write_json
-from apo.records import read_records
+from apo.records import iter_records
 
-write_json(sys.argv[2], [record for _, record in read_records(sys.argv[1])][:160])
+write_json(sys.argv[2], [record for _, record in iter_records(sys.argv[1])][:160])
 END
     MODEL=outputs/smollm2/SmolLM2-135M LLM_NAME=smollm2 TEMPLATE=chat DATA_PATH=$data/prompts.json OUTPUT_DIR=$data \
         bash scripts/sample_llm.sh --max_new_tokens 48
@@ -57,11 +57,11 @@ import sys
 from pathlib import Path
 
 from apo.cli import write_json
-from apo.records import SEPARATOR, read_records
+from apo.records import SEPARATOR, iter_records
 
 source, target = Path(sys.argv[1]), Path(sys.argv[3])
 human, samples, test = (
-    [record for _, record in read_records(path)]
+    [record for _, record in iter_records(path)]
     for path in (
         source / "rm_data/hh_split_rm.train.json",
         sys.argv[2],

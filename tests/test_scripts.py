@@ -1,6 +1,7 @@
 """scripts/ and requirements.txt: which command a script starts, what it refuses, and the quickstart as a whole."""
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -74,6 +75,15 @@ def test_script_is_valid_shell(path):
 
 
 # ------------------------------------------------------------------------------------------------ stages
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_python_in_a_script_imports_what_exists(path):
+    for code in re.findall(r"<<'END'\n(.*?)\nEND\n", path.read_text(), flags=re.S):
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 def test_training_script_uses_the_sample_run_by_default(repo, monkeypatch):

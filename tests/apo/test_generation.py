@@ -95,7 +95,6 @@ def test_finished_responses_are_those_kept_and_those_of_the_result(tmp_path):
     generate(tmp_path, FakeEngine("2"))
     store = ResultStore(tmp_path / "r.json", {"seed": 1})
     store.append(PROMPTS[2].key, [" new", ""])
-    store.close()
     engine = FakeEngine()
     records = generate(tmp_path, engine)
     assert [record["sample_0"] for record in records] == [" 0", " 1", " new", " 3"] and engine.seen == []
