@@ -46,6 +46,11 @@ class RewardTokenizer:
         self.sep_token_id = sep_token_id
 
     @property
+    def uses_sentencepiece(self) -> bool:
+        """Whether the ids are sentencepiece's own."""
+        return self._sentencepiece is not None
+
+    @property
     def fingerprint(self) -> str:
         """Hash of everything that the ids depend on, for the cache of tokenised data."""
         if self._sentencepiece:

@@ -1,0 +1,315 @@
+"""A reward model of this project -> a folder that transformers, TRL, RewardBench, vLLM and SGLang load, checked.
+
+example:
+    python tools/export_reward_model.py --model_name_or_path outputs/rm_base --output_dir outputs/rm_base_exported
+
+The folder holds the base model's own class, such as LlamaForSequenceClassification, with one label, the tokenizer, a
+chat template and a model card, whose code blocks show how each library is called. Before it gets its name, it is
+loaded again, and the rewards of 32 conversations are compared with this project's, from token ids and from text.
+
+Only the pooling types last and eos have this form. `train.py` reads the folder too, with the same settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import operator
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING, TypeVar
+
+from apo.cli import InputError, OneLineParser, exit_on_input_error, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+    from apo.tokenizer import RewardTokenizer
+    from models import RewardModel, RewardSettings
+
+T = TypeVar("T")
+CARD = Path(__file__).with_name("exported_model_card.md")
+POOLING_TYPES = ("last", "eos")
+INSTEAD = "score with train.py --task_type inference"  # where other libraries cannot
+TOLERANCE = 1e-5  # of a reward, relative above 1
+BATCH_SIZE = 4
+CONTENTS = (
+    "Why?",
+    "Because it  has two spaces, and a long end.",
+    " spaces around \n",
+    "a tab\tand\n\n\nlines\r\n",
+    "30 € 猫 🙂 ﷽ e\u0301 \u200b \u00a0 \x00\x01 ｆｕｌｌ",
+    "-----===== 1234567890 ..........",
+    "a" * 40,
+    "<|x|> {{ y }} [INST] <0x0A> ▁ \\n",
+)
+
+
+# ------------------------------------------------------------------------------------------------ what can be exported
+
+
+def find_class(path: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Returns the sequence classification class of a config.
+
+    Raises:
+        InputError: transformers has none for this type of model.
+    """
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        reason = f"transformers has no sequence classification class for the architecture {config.model_type}"
+        raise InputError(f"{path}: {reason}, so none can load it; {INSTEAD}")
+    return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+
+
+def check_settings(path: str, settings: RewardSettings, tokenizer: RewardTokenizer) -> None:
+    """Raises an InputError for settings whose rewards other libraries cannot give."""
+    if settings.pooling_type not in POOLING_TYPES:
+        reason = "a sequence classification class reads the reward of one token, the last"
+        expected = f"expected {' or '.join(POOLING_TYPES)}: {reason}; train with --pooling_type last"
+        raise InputError(f"{path}: found pooling_type {settings.pooling_type}, {expected}")
+    if tokenizer.uses_sentencepiece and not settings.add_sep_token:
+        reason = "a response begins with a space of its own (sentencepiece), which no text of the whole sequence has"
+        raise InputError(f"{path}: found no separator, expected one: {reason}; train with --add_sep_token true")
+
+
+def make_conversations(max_length: int) -> list[list[dict[str, str]]]:
+    """Returns 32 conversations that end with a response, of one or more turns, short or beyond `max_length`."""
+    conversations = []
+    for i, prompt in enumerate(CONTENTS):
+        response = CONTENTS[(i + 1) % len(CONTENTS)]
+        long_prompt, long_response = (" ".join([text] * max_length) for text in (prompt, response))
+        for contents in (
+            {"user": prompt},
+            {"system": response, "user": prompt},
+            {"user": prompt, "assistant": response, "system": "Now?"},
+            {"user": long_prompt},
+        ):
+            messages = [{"role": role, "content": content} for role, content in contents.items()]
+            last = long_response if i % 2 and contents["user"] is long_prompt else response
+            conversations.append([*messages, {"role": "assistant", "content": last}])
+    return conversations
+
+
+def own_sequences(
+    conversations: list[list[dict[str, str]]], tokenizer: RewardTokenizer, settings: RewardSettings
+) -> list[list[int]]:
+    """Returns the ids of each conversation as in training."""
+    from apo.records import parse_record
+    from reward_datasets import build_sequence, encode_records
+
+    kind = {"kind": "comparison_pair", "add_sep_token": settings.add_sep_token}
+    records = (parse_record({"chosen": messages, "rejected": messages}, "1", **kind) for messages in conversations)
+    encoded = encode_records(enumerate(records), tokenizer)
+    return [build_sequence(*pairs[0], tokenizer, **settings.sequence_settings) for _, _, pairs in encoded]
+
+
+def check_ids(
+    path: str,
+    tokenizer: PreTrainedTokenizerFast,
+    conversations: list[list[dict[str, str]]],
+    sequences: list[list[int]],
+) -> None:
+    """Raises an InputError if the exported tokenizer gives the text of a conversation other ids than training."""
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    found = tokenizer(texts, truncation=True).input_ids
+    if num_wrong := sum(map(operator.ne, found, sequences)):
+        difference = f"other token ids than in training for {num_wrong} of {len(texts)} texts"
+        raise InputError(f"{path}: found {difference}, expected the same from tokenizer.json; {INSTEAD}")
+
+
+def in_batches(items: list[T]) -> list[list[T]]:
+    """Divides a list into short ones."""
+    return [items[start : start + BATCH_SIZE] for start in range(0, len(items), BATCH_SIZE)]
+
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+@contextlib.contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `path` and renames it at the end; after an error nothing is left.
+
+    Raises:
+        InputError: there is something already.
+    """
+    path = path.resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise InputError(f"--output_dir {path}: found files, expected a new folder; give another one, or delete it")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_model(
+    model: RewardModel,
+    model_class: type[PreTrainedModel],
+    pad_token_id: int,
+    dtype: torch.dtype | None,
+    output_dir: Path,
+) -> None:
+    """Writes config and weights, the reward head as `score.weight`, in the type of the checkpoint."""
+    import torch
+
+    config = model.config
+    config.update({"num_labels": 1, "id2label": {0: "reward"}, "label2id": {"reward": 0}})
+    config.update({"problem_type": "regression", "pad_token_id": pad_token_id})
+    body = f"{model_class.base_model_prefix}."
+    weights = {
+        "score.weight" if name == "reward_head.weight" else body + name.removeprefix("model."): weight.to(dtype)
+        for name, weight in model.state_dict().items()
+    }
+    with torch.device("meta"):
+        exported = model_class(config)
+    exported.load_state_dict(weights, assign=True)
+    exported.save_pretrained(output_dir)
+    _add_older_names(output_dir / "config.json")
+
+
+def _add_older_names(path: Path) -> None:
+    """Adds the names of releases before transformers 5, which RewardBench uses: there a rope base is silently lost."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+        config["rope_scaling"] = scaling if rope["rope_type"] != "default" else None
+    write_json(path, config)
+
+
+def write_card(path: str, settings: RewardSettings, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
+    """Writes `README.md`: what the model is, the text that it expects, and how each library is called."""
+    from apo.run_files import format_table
+
+    example = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
+    text = tokenizer.apply_chat_template(example, tokenize=False)
+    special = dict.fromkeys(filter(None, (tokenizer.bos_token, tokenizer.sep_token, tokenizer.eos_token)))
+    card = Template(CARD.read_text(encoding="utf-8")).substitute(
+        source=path,
+        text=text.replace("\n", "\\n"),
+        special=", ".join(f"`{token}`" for token in special),
+        length=tokenizer.model_max_length,
+        side=tokenizer.truncation_side,
+        ending=f"ends with `{tokenizer.eos_token}`" if settings.pooling_type == "eos" else "needs no end of sequence",
+        settings=format_table(("setting", "value"), [(k, str(v)) for k, v in asdict(settings).items()], 2),
+    )
+    (output_dir / "README.md").write_text(card, encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------ rewards
+
+
+def own_rewards(model: RewardModel, sequences: list[list[int]], pad_token_id: int) -> torch.Tensor:
+    """Returns this project's rewards (N,)."""
+    import torch
+
+    from reward_datasets import RewardDataCollator
+
+    def score(rows: list[list[int]]) -> torch.Tensor:
+        item = {"input_ids": rows, "scores": [0.0] * len(rows), "is_apo": False}
+        batch = RewardDataCollator(pad_token_id)([item])
+        return model(batch["input_ids"], batch["attention_mask"]).rewards
+
+    with torch.no_grad():
+        return torch.cat([score(rows) for rows in in_batches(sequences)])
+
+
+def check_folder(
+    folder: Path, conversations: list[list[dict[str, str]]], sequences: list[list[int]], expected: torch.Tensor
+) -> float:
+    """Loads a folder as any other program does, and compares its rewards from ids and from text.
+
+    Args:
+        sequences: the ids of the conversations in training.
+        expected: (N,) this project's rewards.
+
+    Returns:
+        The largest difference.
+
+    Raises:
+        InputError: it is above the tolerance, or not a number.
+    """
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = tokenizer.apply_chat_template(conversations, tokenize=False)
+    to_tensors = {"padding": True, "return_tensors": "pt"}
+    batches = {
+        "ids": [tokenizer.pad({"input_ids": rows}, **to_tensors) for rows in in_batches(sequences)],
+        "text": [tokenizer(rows, truncation=True, **to_tensors) for rows in in_batches(texts)],
+    }
+    differences = {}
+    for source in batches:
+        with torch.no_grad():
+            rewards = torch.cat([model(**batch).logits[:, 0] for batch in batches[source]])
+        differences[source] = (rewards - expected).abs().max().item()
+        if not differences[source] <= TOLERANCE * max(1, expected.abs().max().item()):
+            found = f"rewards from {source} that differ by {differences[source]:.2g}, expected at most {TOLERANCE:g}"
+            raise InputError(f"{model.__class__.__name__}: found {found}; {INSTEAD}")
+    return max(differences.values())
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = OneLineParser(description=__doc__)
+    parser.add_argument("--model_name_or_path", required=True, help="folder or Hub name of a reward model")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder to write, a new one")
+    return parser.parse_args()
+
+
+@exit_on_input_error
+def main() -> None:
+    """Checks the settings, writes the folder, loads it again and compares rewards."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    args = parse_args()
+
+    from apo.fast_tokenizer import make_fast_tokenizer, save_fast_tokenizer
+    from apo.tokenizer import load_reward_tokenizer
+    from models import load_config, load_reward_model, resolve_settings
+
+    path = args.model_name_or_path
+    config = load_config(path)
+    settings, dtype = resolve_settings(config), config.dtype  # that of the files; they are loaded as float32
+    model_class = find_class(path, config)
+    tokenizer = load_reward_tokenizer(path, config, settings.tokenizer_backend)
+    settings.sep_token_id = tokenizer.sep_token_id
+    check_settings(path, settings, tokenizer)
+    conversations = make_conversations(settings.max_length)
+    sequences = own_sequences(conversations, tokenizer, settings)
+    exported_tokenizer = make_fast_tokenizer(
+        tokenizer, pooling_type=settings.pooling_type, **settings.sequence_settings
+    )
+    check_ids(path, exported_tokenizer, conversations, sequences)
+
+    with complete_folder(args.output_dir) as folder:
+        model = load_reward_model(path, config, tokenizer, settings, seed=0, needs_trained_head=True, will_train=False)
+        expected = own_rewards(model, sequences, tokenizer.pad_token_id)
+        save_fast_tokenizer(exported_tokenizer, folder)
+        if tokenizer.uses_sentencepiece:
+            shutil.copyfile(tokenizer.sentencepiece_path, folder / "tokenizer.model")
+        write_model(model, model_class, exported_tokenizer.pad_token_id, dtype, folder)
+        write_card(path, settings, exported_tokenizer, folder)
+        del model  # room for the other one
+        difference = check_folder(folder, conversations, sequences, expected)
+    compared = f"{len(sequences)} rewards differ by at most {difference:.1g} from this project's"
+    print(f"{args.output_dir}: {model_class.__name__}; {compared}; README.md says how to load it")
+
+
+if __name__ == "__main__":
+    main()
