@@ -1,4 +1,4 @@
-"""The reward model: a LLaMA with a scalar head, its pooling, loading and saving.
+"""The reward model: any decoder of transformers with a scalar head; its pooling, loading and saving.
 
 Dimension key, for every module of the project:
 
@@ -19,19 +19,30 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, LlamaConfig, LlamaModel, LlamaPreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import ModelOutput
 
-from apo.cli import InputError
+from apo.cli import InputError, first_few
 from apo.divergence import refuse_non_finite
 from apo.run_state import check_weights
-from apo.tokenizer import RewardTokenizer
-from apo.tree import prepare_attention
+from apo.tokenizer import RewardTokenizer, load_reward_tokenizer
+from apo.tree import TREE_ATTENTIONS, choose_attention, prepare_attention
 
 logger = logging.getLogger(__name__)
 
 POOLING_TYPES = ("last", "eos", "average", "max")
 SIDES = ("left", "right")
+# Prompts and responses whose rewards tell whether a saved model is the one in memory.
+PROBES = (
+    ["\n\nHuman: How do I dry herbs?\n\nAssistant:", "\n\nHuman: Hi!\n\nAssistant:", "Why?", ""],
+    [
+        " Hang them in small bunches, away from the sun.",
+        " I don't know.",
+        " Because 2 + 2 = 4.",
+        " \u00bfQu\u00e9? \u732b",
+    ],
+)
 
 
 @dataclass
@@ -54,15 +65,18 @@ class RewardSettings:
         return {name: getattr(self, name) for name in ("max_length", "truncation_side", "add_sep_token")}
 
 
-def resolve_settings(config: LlamaConfig, **flags: Any) -> RewardSettings:
+def resolve_settings(config: PreTrainedConfig, **flags: Any) -> RewardSettings:
     """Settles each setting: the flag if it was given, else what the checkpoint records, else the reference's default.
 
-    A flag that contradicts the checkpoint wins, with a warning.
+    A flag that contradicts the checkpoint wins, with a warning. The reward models of other libraries record no
+    settings; their class reads the last token that is not padding.
 
     Raises:
         InputError: the checkpoint records unknown settings.
     """
     recorded = getattr(config, "reward_settings", {})
+    if not recorded and is_classifier(config):
+        recorded = {"pooling_type": "last" if config.pad_token_id == config.eos_token_id else "eos"}
     known = [field.name for field in fields(RewardSettings)]
     if not isinstance(recorded, dict) or not set(recorded) <= set(known):
         raise InputError(f"config.json: found reward_settings {recorded}, known: {', '.join(known)}")
@@ -78,12 +92,25 @@ def resolve_settings(config: LlamaConfig, **flags: Any) -> RewardSettings:
             f"config.json: found reward_settings {recorded}, expected pooling_type {', '.join(POOLING_TYPES)} and "
             f"truncation_side {', '.join(SIDES)}"
         )
-    positions = config.max_position_embeddings * ((config.rope_parameters or {}).get("factor") or 1)
+    positions = count_positions(config)
     if settings.max_length > positions:
         raise InputError(
             f"max_length {settings.max_length}: the model has {positions:g} positions; lower --max_length"
         )
     return settings
+
+
+def is_classifier(config: PreTrainedConfig) -> bool:
+    """Whether a model is saved as a `*ForSequenceClassification`, as other libraries save their reward models."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+
+
+def count_positions(config: PreTrainedConfig) -> float:
+    """Returns the positions that a model can tell apart, with those that scaling of its rotations adds."""
+    rotations = getattr(config, "rope_parameters", None) or {}
+    of_layers = [value for value in rotations.values() if isinstance(value, dict)] or [rotations]
+    factor = max(rotation.get("factor") or 1 for rotation in of_layers)
+    return factor * (getattr(config, "max_position_embeddings", None) or float("inf"))
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -122,25 +149,84 @@ def pool_rewards(token_rewards: Tensor, attention_mask: Tensor, pooling_type: st
     return token_rewards.gather(1, index[:, None]).squeeze(1)
 
 
-class RewardModel(LlamaPreTrainedModel):
-    """LLaMA with a linear head of one output and no bias: keys `model.*`, `reward_head.weight`, and, only with
-    `with_lm_head`, `lm_head.weight`; otherwise an LM head in the checkpoint is dropped."""
+class RewardModel(PreTrainedModel):
+    """A decoder with a linear head of one output and no bias.
 
-    _keys_to_ignore_on_load_unexpected = (r"lm_head\.weight",)
+    The backbone has the name and keys that it has in the models of transformers (`model.*` in LLaMA); the head is
+    `reward_head.weight`. `lm_head.weight` is there only with `with_lm_head`.
 
-    def __init__(self, config: LlamaConfig, with_lm_head: bool = False) -> None:
+        model = RewardModel.from_pretrained("outputs/rm_base")
+        model.score("\n\nHuman: Dry herbs?\n\nAssistant:", " In bunches.")
+    """
+
+    _keys_to_ignore_on_load_unexpected = (r"lm_head\.", r"embed_out\.")  # LM heads are read with the LM loss only
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_attention_backend = True  # the backbone refuses what it does not support
+    tokenizer: RewardTokenizer
+    head_origin: str
+
+    def __init__(self, config: PreTrainedConfig, with_lm_head: bool = False) -> None:
         super().__init__(config)
-        self.model = LlamaModel(config)
+        causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        self.base_model_prefix = causal_lm.base_model_prefix
+        setattr(self, self.base_model_prefix, AutoModel.from_config(config))
         self.reward_head = nn.Linear(config.hidden_size, 1, bias=False)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if with_lm_head else None
         if with_lm_head:
-            self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+            self._tied_weights_keys = causal_lm._tied_weights_keys
         self.post_init()
 
     @property
     def settings(self) -> RewardSettings:
         """The recorded settings of this model."""
         return RewardSettings(**getattr(self.config, "reward_settings", {}))
+
+    @classmethod
+    def from_pretrained(cls, path: str, dtype: torch.dtype = torch.float32) -> RewardModel:
+        """Loads a trained reward model and its tokenizer, ready to `score`.
+
+        Args:
+            path: a folder that `train.py` wrote, a reward model of another library (`score.weight`), or a Hub name.
+            dtype: of the weights.
+
+        Raises:
+            InputError: no complete reward model there.
+        """
+        path = str(path)
+        config = load_config(path)
+        settings = resolve_settings(config)
+        tokenizer = load_reward_tokenizer(path, config, settings.tokenizer_backend)
+        settings.sep_token_id = tokenizer.sep_token_id
+        attention = choose_attention(config, "padded", torch.device("cpu"), dtype)
+        loading = {"seed": 0, "needs_trained_head": True, "will_train": False, "dtype": dtype, "attention": attention}
+        return load_reward_model(path, config, tokenizer, settings, **loading).eval()
+
+    @torch.no_grad()
+    def score(self, prompt: str | list[str], response: str | list[str], batch_size: int = 8) -> float | list[float]:
+        """Returns the reward of a response to a prompt, or those of several, as training saw them.
+
+        Args:
+            prompt: the text before the response, with its roles: "\n\nHuman: Why?\n\nAssistant:".
+            response: the text after it, with its leading space.
+            batch_size: sequences in a forward pass; changes no reward.
+        """
+        from accelerate.utils import send_to_device
+
+        from reward_datasets import RewardDataCollator, build_sequence
+
+        if isinstance(prompt, str):
+            return self.score([prompt], [response])[0]
+        if len(prompt) != len(response):
+            raise InputError(f"score: found {len(prompt)} prompts and {len(response)} responses, expected as many")
+        ids = zip(self.tokenizer.encode(prompt), self.tokenizer.encode(response), strict=True)
+        sequences = [build_sequence(*pair, self.tokenizer, **self.settings.sequence_settings) for pair in ids]
+        batching = "tree" if self.config._attn_implementation in TREE_ATTENTIONS else "padded"
+        collate = RewardDataCollator(self.tokenizer.pad_token_id, batching=batching)
+        rewards: list[float] = []
+        for start in range(0, len(sequences), batch_size):
+            tensors = send_to_device(collate.token_tensors(sequences[start : start + batch_size]), self.device)
+            rewards += self(**tensors).rewards.tolist()
+        return rewards
 
     def forward(
         self,
@@ -163,12 +249,12 @@ class RewardModel(LlamaPreTrainedModel):
         """
         if tree is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-            hidden = self.model(
+            hidden = self.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
             ).last_hidden_state  # (N, T, D)
         else:
             attend = prepare_attention(tree, self.config._attn_implementation)
-            hidden = self.model(
+            hidden = self.base_model(
                 input_ids=input_ids, position_ids=tree["position_ids"], use_cache=False, attend=attend
             ).last_hidden_state  # (1, S, D)
         token_rewards = self.reward_head(hidden).squeeze(-1).float()
@@ -200,11 +286,11 @@ class RewardModel(LlamaPreTrainedModel):
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def load_config(path: str) -> LlamaConfig:
-    """Reads the config of a LLaMA-like model from a folder or the Hub.
+def load_config(path: str) -> PreTrainedConfig:
+    """Reads the config of a decoder from a folder or the Hub.
 
     Raises:
-        InputError: no such model, no or a broken `config.json`, or another architecture.
+        InputError: no such model, no or a broken `config.json`, or an architecture that is no decoder of text.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: the model folder has no config.json; expected a folder that save_pretrained wrote")
@@ -217,8 +303,12 @@ def load_config(path: str) -> LlamaConfig:
         raise InputError(
             f"{path}: no model there ({reason}); expected a model folder or the name of a model on the Hub"
         ) from error
-    if not isinstance(config, LlamaConfig):
-        raise InputError(f"{path}: found the architecture {config.model_type}, expected llama")
+    is_text = config.get_text_config() is config and not config.is_encoder_decoder
+    if not is_text or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        expected = (
+            "expected a decoder of text alone that AutoModelForCausalLM knows, such as llama, qwen3, gemma3_text"
+        )
+        raise InputError(f"{path}: found the architecture {config.model_type}, {expected}")
     return config
 
 
@@ -230,7 +320,7 @@ def _is_local(path: str) -> bool:
 
 def load_reward_model(
     path: str,
-    config: LlamaConfig,
+    config: PreTrainedConfig,
     tokenizer: RewardTokenizer,
     settings: RewardSettings,
     *,
@@ -241,9 +331,10 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
 ) -> RewardModel:
-    """Loads a pretrained LLaMA, or a reward model, and logs where its reward head came from.
+    """Loads a pretrained decoder, or a reward model, and logs where its reward head came from.
 
-    An existing head is never initialised again, a missing one after seeding with `seed`.
+    The head is `reward_head.weight`, or `score.weight` in the models of other libraries. An existing head is never
+    initialised again, a missing one after seeding with `seed`.
 
     Args:
         path: a model folder, or a name on the Hub.
@@ -259,46 +350,94 @@ def load_reward_model(
 
     Raises:
         InputError: the checkpoint lacks weights other than the reward head, or the head where it is needed, or a
-            weight is not finite, or the only head is another library's and is not trained anew.
+            weight has another shape or is not finite.
     """
     check_weights(path)
     set_seed(seed)
     config.pad_token_id = None  # set below: an added pad token lies beyond the table that is loaded
     config.reward_settings = asdict(settings)
+    if with_lm_head:
+        _check_lm_head(config)
     try:
-        model, info = RewardModel.from_pretrained(
+        model, info = super(RewardModel, RewardModel).from_pretrained(
             path,
             config=config,
             dtype=dtype,
             with_lm_head=with_lm_head,
             attn_implementation=attention,
+            key_mapping={r"^score\.": "reward_head."},
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error
-    missing = set(info["missing_keys"]) - {"reward_head.weight"}
-    if missing:
-        names = ", ".join(sorted(missing)[:3])
-        raise InputError(f"{path}: the checkpoint lacks {len(missing)} weights ({names}); expected a complete LLaMA")
+    _check_weight_names(path, info)
     if len(tokenizer.hf_tokenizer) > config.vocab_size:
         logger.info("embedding table grown from %d to %d tokens", config.vocab_size, len(tokenizer.hf_tokenizer))
         model.resize_token_embeddings(len(tokenizer.hf_tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
+    model.tokenizer = tokenizer
     refuse_non_finite(path, dict(model.named_parameters()))
-    _check_head(model, path, seed, info, needs_trained_head, will_train)
+    _check_head(model, path, seed, "reward_head.weight" in info["missing_keys"], needs_trained_head, will_train)
     return model
 
 
+def _check_lm_head(config: PreTrainedConfig) -> None:
+    """Refuses the LM loss for models whose logits are more than `lm_head.weight` times the last hidden states."""
+    keys = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._tied_weights_keys or {}
+    changes = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+    if "lm_head.weight" not in keys or any(getattr(config, name, None) for name in changes):
+        raise InputError(f"--lm_loss_coeff is not supported for {config.model_type}; expected a model such as llama")
+
+
+def _check_weight_names(path: str, info: dict[str, Any]) -> None:
+    """Refuses weights that are missing or have another shape, and names those that are not read."""
+    if info["mismatched_keys"]:
+        name, found, expected = sorted(info["mismatched_keys"])[0]
+        hint = "; a reward head has one label" if name.startswith("reward_head") else ""
+        raise InputError(f"{path}: {name} has the shape {tuple(found)}, expected {tuple(expected)}{hint}")
+    if missing := set(info["missing_keys"]) - {"reward_head.weight"}:
+        lacking = f"lacks {len(missing)} weights ({first_few(sorted(missing))})"
+        raise InputError(f"{path}: the checkpoint {lacking}; expected a complete model")
+    if unread := sorted(info["unexpected_keys"]):
+        logger.warning("%s: %d weights are not read (%s)", path, len(unread), first_few(unread))
+
+
 def _check_head(
-    model: RewardModel, path: str, seed: int, info: dict[str, Any], needs_trained_head: bool, will_train: bool
+    model: RewardModel, path: str, seed: int, is_new: bool, needs_trained_head: bool, will_train: bool
 ) -> None:
     """Logs where the reward head came from; see `load_reward_model`."""
-    head_loaded = "reward_head.weight" not in info["missing_keys"]
-    foreign = "score.weight, a head of another library, but " if "score.weight" in info["unexpected_keys"] else ""
-    if not head_loaded and (needs_trained_head or (foreign and not will_train)):
-        found = f"found {foreign}no reward head (reward_head.weight)"
-        raise InputError(f"{path}: {found}, so rewards would be random; give a reward model")
-    model.head_origin = f"loaded from {path}" if head_loaded else f"initialised (seed {seed})"
+    if is_new and needs_trained_head:
+        raise InputError(
+            f"{path}: found no reward head (reward_head.weight or score.weight), so rewards would be random; give a "
+            "reward model"
+        )
+    model.head_origin = f"initialised (seed {seed})" if is_new else f"loaded from {path}"
     logger.info("reward head: %s", model.head_origin)
-    if not head_loaded and not will_train:
+    if is_new and not will_train:
         logger.warning("the reward head is random: the metrics of this run say nothing of the model")
+
+
+def check_saved_model(folder: str, rewards: list[float], dtype: torch.dtype, tolerance: float) -> None:
+    """Reloads a model that was just saved, and compares its rewards of `PROBES`.
+
+    Args:
+        rewards: those of the model in memory.
+        dtype: of the weights.
+        tolerance: largest difference, as a share of the largest reward; covers other kernels and 16-bit rounding.
+
+    Raises:
+        InputError: what was written is another model, or none.
+    """
+    level = logger.manager.disable
+    logging.disable(logging.INFO)  # where the head came from is no news
+    try:
+        saved = RewardModel.from_pretrained(folder, dtype).score(*PROBES)
+    finally:
+        logging.disable(level)
+    difference = max(abs(a - b) for a, b in zip(saved, rewards, strict=True))
+    if not difference <= tolerance * max(map(abs, rewards)):
+        raise InputError(
+            f"{folder}: the saved model gives other rewards than the one in memory (up to {difference:.3g} apart), so "
+            "it is not the model that was trained; save it again, from the last whole checkpoint"
+        )

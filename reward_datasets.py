@@ -60,9 +60,13 @@ def build_sequence(
     truncation_side: str,
     add_sep_token: bool,
 ) -> list[int]:
-    """Returns bos + prompt + [sep] + response + eos, cut to `max_length` tokens at the truncation side."""
+    """Returns [bos] + prompt + [sep] + response + eos, cut to `max_length` tokens at the truncation side.
+
+    Qwen's tokenizers have no bos.
+    """
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     separator = [tokenizer.sep_token_id] if add_sep_token else []
-    ids = [tokenizer.bos_token_id, *prompt_ids, *separator, *response_ids, tokenizer.eos_token_id]
+    ids = [*bos, *prompt_ids, *separator, *response_ids, tokenizer.eos_token_id]
     return ids[-max_length:] if truncation_side == "left" else ids[:max_length]
 
 
@@ -102,7 +106,7 @@ def tokenize_records(
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
     for _, record, pairs_ids in encode_records(enumerate(records), tokenizer):
         sequences = [build_sequence(*ids, tokenizer, **settings) for ids in pairs_ids]
-        num_special = 2 + add_sep_token
+        num_special = 1 + (tokenizer.bos_token_id is not None) + add_sep_token
         scores = normalize_scores(record.scores)
         yield {
             "input_ids": sequences,
@@ -323,9 +327,10 @@ class RewardDataCollator:
         apo_mask = torch.tensor([float(item["is_apo"]) for item in items])
         sequences = [ids for item in items for ids in item["input_ids"]]
         query_ids = {"query_ids": [item["query_id"] for item in items]} if "query_id" in items[0] else {}
-        return {"scores": scores, "apo_mask": apo_mask, **query_ids, **self._token_tensors(sequences)}
+        return {"scores": scores, "apo_mask": apo_mask, **query_ids, **self.token_tensors(sequences)}
 
-    def _token_tensors(self, sequences: list[list[int]]) -> dict[str, Any]:
+    def token_tensors(self, sequences: list[list[int]]) -> dict[str, Any]:
+        """Returns the tensors of a batch that depend on N sequences of token ids alone."""
         import torch
 
         if self.batching == "tree":

@@ -17,7 +17,7 @@ from apo.cli import InputError, first_few
 from apo.divergence import GuardedTrainer
 from apo.resumable import ResumableTrainer
 from arguments import RewardTrainingArguments
-from models import RewardModelOutput
+from models import PROBES, RewardModelOutput, check_saved_model
 from reward_datasets import batch_by_tokens
 
 if TYPE_CHECKING:
@@ -220,6 +220,20 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
             expected = f"expected one of {', '.join(names)}; a set without pairs has no accuracy"
             raise InputError(f"--metric_for_best_model {wanted}: no such metric; {expected}")
         self.args.metric_for_best_model = found.pop()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model, and compares the rewards of what was written with those of the model in memory.
+
+        All processes compute rewards, since ZeRO-3 gathers weights in each; the main one reloads, on the CPU.
+        """
+        was_training = self.model.training
+        self.model.eval()
+        rewards = self.model.score(*PROBES)
+        self.model.train(was_training)
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            is_exact = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
+            check_saved_model(output_dir or self.args.output_dir, rewards, self.model.dtype, 1e-3 if is_exact else 0.1)
 
     def _loss_terms(self, rewards: Tensor, scores: Tensor, apo_mask: Tensor) -> dict[str, Tensor]:
         """The weighted terms whose sum is the preference loss, (B, R) -> scalars."""

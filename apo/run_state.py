@@ -103,8 +103,9 @@ def check_weights(folder: str | Path) -> None:
     """Refuses weights whose bytes are not those that were saved; warns of those of a run that has not finished."""
     if fault := find_fault(folder, WEIGHTS):
         raise InputError(f"{folder}: {fault}; restore the file, or train again")
-    state = read_json_object(Path(folder, STATE)).get("state", "finished")
-    if state != "finished":
+    recorded = read_json_object(Path(folder, STATE))
+    state = recorded.get("state", "finished")
+    if state != "finished" and recorded.get("pid") != os.getpid():
         logger.warning("%s: the run that writes here has not finished (%s)", folder, state)
 
 

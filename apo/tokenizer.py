@@ -40,7 +40,7 @@ class RewardTokenizer:
         self.sentencepiece_path = sentencepiece_path
         use_sentencepiece = backend == "sentencepiece" and sentencepiece_path
         self._sentencepiece = SentencePieceProcessor(model_file=sentencepiece_path) if use_sentencepiece else None
-        self.bos_token_id: int = hf_tokenizer.bos_token_id
+        self.bos_token_id: int | None = hf_tokenizer.bos_token_id
         self.eos_token_id: int = hf_tokenizer.eos_token_id
         self.pad_token_id = pad_token_id
         self.sep_token_id = sep_token_id
@@ -105,8 +105,8 @@ def load_reward_tokenizer(
         config = config or AutoConfig.from_pretrained(path, trust_remote_code=False)
         hf_tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         sentencepiece_path = cached_file(path, "tokenizer.model", _raise_exceptions_for_missing_entries=False)
-        if hf_tokenizer.bos_token_id is None or hf_tokenizer.eos_token_id is None:
-            raise InputError(f"{path}: the tokenizer has no bos or no eos token; expected both")
+        if hf_tokenizer.eos_token_id is None:
+            raise InputError(f"{path}: the tokenizer has no eos token, which ends every sequence")
         pad_token_id, sep_token_id = _settle_roles(hf_tokenizer, sentencepiece_path, config)
         hf_tokenizer.pad_token = hf_tokenizer.convert_ids_to_tokens(pad_token_id)
         hf_tokenizer.model_max_length = int(1e30)  # no warning for long texts: they are truncated later

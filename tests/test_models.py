@@ -1,8 +1,9 @@
 """The reward model: pooling, invariance to padding and company, tokenizer roles, loading and saving."""
 
-import functools
 import logging
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,16 @@ from conftest import CHECKPOINT, copy_checkpoint, load_model, make_bpe_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForSequenceClassification,
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+)
 
 from apo.cli import InputError
-from apo.tokenizer import load_reward_tokenizer
 from models import POOLING_TYPES, RewardModel, load_config, load_reward_model, pool_rewards, resolve_settings
 
 SEQUENCES = st.lists(st.lists(st.integers(5, 1023), min_size=2, max_size=20), min_size=1, max_size=5)
@@ -225,10 +232,12 @@ def test_missing_local_folder_is_refused_without_asking_the_hub(path, monkeypatc
         load_config(path)
 
 
-def test_other_architecture_is_refused(tmp_path):
-    GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="found the architecture gpt2, expected llama"):
-        load_config(str(tmp_path))
+def test_architecture_that_is_no_decoder_of_text_is_refused(tmp_path):
+    for config in (T5Config(), Gemma3Config()):
+        config.save_pretrained(tmp_path)
+        found = f"found the architecture {config.model_type}, expected a decoder of text alone"
+        with pytest.raises(InputError, match=found):
+            load_config(str(tmp_path))
 
 
 def test_checkpoint_that_lacks_weights_is_refused(tmp_path):
@@ -255,22 +264,60 @@ def test_checkpoint_with_weights_that_are_not_finite_is_refused(tmp_path, value)
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("will_train", [True, False])
-def test_head_of_another_library_is_not_taken_for_a_missing_one(tmp_path, will_train):
-    """LlamaForSequenceClassification calls its head `score`: without training the rewards would be random."""
+def save_classifier(folder: Path, num_labels: int = 1, **config: object) -> LlamaForSequenceClassification:
+    """Saves what TRL, OpenRLHF and Skywork save: the class of transformers, its head called `score`."""
+    model = AutoModelForSequenceClassification.from_pretrained(CHECKPOINT, num_labels=num_labels, **config)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(CHECKPOINT / name, folder / name)
+    return model.eval()
+
+
+@pytest.mark.parametrize(("pad_token_id", "pooling_type"), [(3, "eos"), (2, "last")])
+@torch.no_grad()
+def test_head_of_another_library_is_the_reward_head(tmp_path, caplog, pad_token_id, pooling_type):
+    """Its class reads the last token that is not padding: eos, or the one before it where eos is also the padding."""
+    classifier = save_classifier(tmp_path, pad_token_id=pad_token_id)
+    with caplog.at_level(logging.INFO, logger="models"):
+        model, tokenizer = load_model(tmp_path)
+    assert f"reward head: loaded from {tmp_path}" in caplog.text and "not read" not in caplog.text
+    assert torch.equal(model.reward_head.weight, classifier.score.weight)
+    assert model.settings.pooling_type == pooling_type
+    ids = [[1, 300, 400, 2], [1, 9, 2]]
+    expected = [classifier(torch.tensor([row])).logits.item() for row in ids]
+    assert rewards_of(model, ids, tokenizer.pad_token_id).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_head_of_several_labels_is_refused(tmp_path):
+    save_classifier(tmp_path, num_labels=3, pad_token_id=3)
+    hint = r"reward_head.weight has the shape \(3, 32\), expected \(1, 32\); a reward head has one label"
+    with pytest.raises(InputError, match=hint):
+        load_model(tmp_path)
+
+
+def test_weights_that_are_not_read_are_named(tmp_path, caplog):
     copy_checkpoint(tmp_path)
-    rewrite_weights(tmp_path, lambda weights: weights.update({"score.weight": weights.pop("reward_head.weight")}))
-    config = load_config(str(tmp_path))
-    load = functools.partial(
-        load_reward_model,
-        *(str(tmp_path), config, load_reward_tokenizer(str(tmp_path), config), resolve_settings(config)),
-        seed=5,
-    )
-    if will_train:
-        assert load(will_train=True).head_origin == "initialised (seed 5)"
-    else:
-        with pytest.raises(InputError, match=r"found score.weight, a head of another library, but no reward head"):
-            load(will_train=False)
+    rewrite_weights(tmp_path, lambda weights: weights.update({"value_head.weight": torch.zeros(1, 32)}))
+    load_model(tmp_path)
+    assert "1 weights are not read (value_head.weight)" in caplog.text
+
+
+def test_trained_model_scores_text_in_two_lines():
+    """The same rewards one by one, in lists, and from the ids that training makes."""
+    model = RewardModel.from_pretrained(CHECKPOINT)
+    rewards = model.score(["Why?", "Why?", "Who?"], [" Because.", " No idea at all.", " Me."], batch_size=2)
+    assert model.score("Why?", " No idea at all.") == pytest.approx(rewards[1], abs=1e-6)
+    tokenizer = model.tokenizer
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(["Who?"])[0], *tokenizer.encode([" Me."])[0]]
+    expected = rewards_of(model, [[*ids, tokenizer.eos_token_id]], tokenizer.pad_token_id)
+    assert rewards[2] == pytest.approx(expected.item(), abs=1e-6)
+    with pytest.raises(InputError, match="found 1 prompts and 2 responses"):
+        model.score(["Why?"], [" a", " b"])
+
+
+def test_model_without_a_head_does_not_score(base_llama):
+    with pytest.raises(InputError, match="found no reward head"):
+        RewardModel.from_pretrained(base_llama)
 
 
 def test_longer_sequences_than_the_model_has_positions_are_refused():

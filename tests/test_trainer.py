@@ -10,6 +10,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from apo.cli import InputError
 from arguments import RewardTrainingArguments
 from reward_datasets import RewardDataCollator
 from trainer import (
@@ -211,7 +212,8 @@ def make_trainer(tmp_path, model, tokenizer, items, **flags) -> RewardModelTrain
         **flags,
     )
     collator = RewardDataCollator(tokenizer.pad_token_id)
-    return RewardModelTrainer(model=model, args=args, data_collator=collator, train_dataset=items)
+    data = {"data_collator": collator, "train_dataset": items, "processing_class": tokenizer}
+    return RewardModelTrainer(model=model, args=args, **data)
 
 
 def random_items(num: int, num_responses: int = 2, seed: int = 0) -> list[dict]:
@@ -250,6 +252,28 @@ def test_every_parameter_moves_in_a_training_step(tmp_path):
     trainer.train()
     unmoved = [name for name, weight in trainer.model.named_parameters() if torch.equal(weight, before[name])]
     assert unmoved == []
+
+
+class LosesItsHead(RewardModelTrainer):
+    """Writes a model without its reward head, as a fault of a library would."""
+
+    def _save(self, output_dir=None, state_dict=None):
+        state_dict = self.model.state_dict()
+        state_dict[self.fault] = self.change(state_dict[self.fault])
+        super()._save(output_dir, state_dict)
+
+
+@pytest.mark.parametrize("fault", ["reward_head.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"])
+def test_saved_model_that_is_not_the_trained_one_is_an_error(tmp_path, fault):
+    model, tokenizer = load_model(pooling_type="last")
+    trainer = make_trainer(tmp_path, model.train(), tokenizer, random_items(4))
+    trainer.__class__ = LosesItsHead
+    trainer.fault, trainer.change = fault, torch.clone
+    trainer.save_model()
+    assert model.training
+    trainer.change = lambda weight: weight + 0.1 * torch.randn_like(weight)
+    with pytest.raises(InputError, match="the saved model gives other rewards than the one in memory"):
+        trainer.save_model()
 
 
 def test_lm_head_moves_with_the_lm_loss(tmp_path):

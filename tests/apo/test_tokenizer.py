@@ -93,12 +93,16 @@ def test_special_tokens_in_a_text_are_text(tmp_path, kind):
     assert tokenizer.decode(ids).strip() == text
 
 
-def test_tokenizer_without_bos_is_refused(tmp_path):
+def test_tokenizer_needs_eos_but_no_bos(tmp_path):
+    """As Qwen's, which have no bos."""
     tokenizer = make_bpe_tokenizer(BOS_EOS)
     tokenizer.bos_token = None
     tokenizer.save_pretrained(tmp_path)
     LlamaConfig(vocab_size=300).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="no bos or no eos"):
+    assert load_reward_tokenizer(str(tmp_path)).bos_token_id is None
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no eos token"):
         load_reward_tokenizer(str(tmp_path))
 
 
