@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from apo.cli import InputError, write_json
 from apo.prompts import ROLES
 from apo.records import SEPARATOR
-from apo.tokenizer import RewardTokenizer
+from apo.tokenizer import SENTENCEPIECE_ROLES, RewardTokenizer
 
 PAD_TOKEN = "<pad>"
 SPACE = "▁"  # sentencepiece's
@@ -117,11 +117,9 @@ def _convert_sentencepiece(tokenizer: RewardTokenizer, add_sep_token: bool) -> T
     proto = sentencepiece_model_pb2.ModelProto.FromString(Path(tokenizer.sentencepiece_path).read_bytes())
     _check_sentencepiece(tokenizer.sentencepiece_path, proto)
     names = [piece.piece for piece in proto.pieces]
-    characters = ""
-    for token_id, name in ((tokenizer.pad_token_id, PAD_TOKEN), (tokenizer.sep_token_id, SEPARATOR)):
-        if proto.pieces[token_id].type == PIECE_TYPES.BYTE:  # "<0x01>"; the pad token may be eos
-            characters += f"\\x{names[token_id][3:5]}"
-            names[token_id] = name
+    characters = "".join(f"\\x{piece[3:5]}" for piece in SENTENCEPIECE_ROLES)  # "<0x01>" is \x01
+    for piece, name in zip(SENTENCEPIECE_ROLES, (PAD_TOKEN, SEPARATOR), strict=True):
+        names[names.index(piece)] = name
 
     vocab = {name: token_id for token_id, name in enumerate(names)}
     backend = Tokenizer(BPE(vocab=vocab, merges=_list_merges(proto), byte_fallback=True))

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from apo.cli import InputError, OneLineParser, exit_on_input_error, write_json
 
@@ -34,10 +34,9 @@ if TYPE_CHECKING:
     from apo.tokenizer import RewardTokenizer
     from models import RewardModel, RewardSettings
 
-T = TypeVar("T")
 CARD = Path(__file__).with_name("exported_model_card.md")
-POOLING_TYPES = ("last", "eos")
 INSTEAD = "score with train.py --task_type inference"  # where other libraries cannot
+POOLING_TYPES = ("last", "eos")
 TOLERANCE = 1e-5  # of a reward, relative above 1
 BATCH_SIZE = 4
 CONTENTS = (
@@ -64,19 +63,21 @@ def find_class(path: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        reason = f"transformers has no sequence classification class for the architecture {config.model_type}"
-        raise InputError(f"{path}: {reason}, so none can load it; {INSTEAD}")
+        found = (
+            f"found the architecture {config.model_type}, which has no sequence classification class in transformers"
+        )
+        raise InputError(f"{path}: {found}, so that no other library can load it; {INSTEAD}")
     return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
 
 
 def check_settings(path: str, settings: RewardSettings, tokenizer: RewardTokenizer) -> None:
     """Raises an InputError for settings whose rewards other libraries cannot give."""
     if settings.pooling_type not in POOLING_TYPES:
-        reason = "a sequence classification class reads the reward of one token, the last"
+        reason = "a sequence classification class reads one token, the last"
         expected = f"expected {' or '.join(POOLING_TYPES)}: {reason}; train with --pooling_type last"
         raise InputError(f"{path}: found pooling_type {settings.pooling_type}, {expected}")
     if tokenizer.uses_sentencepiece and not settings.add_sep_token:
-        reason = "a response begins with a space of its own (sentencepiece), which no text of the whole sequence has"
+        reason = "sentencepiece puts a space of its own before a response, which no text of a whole sequence has"
         raise InputError(f"{path}: found no separator, expected one: {reason}; train with --add_sep_token true")
 
 
@@ -86,29 +87,23 @@ def make_conversations(max_length: int) -> list[list[dict[str, str]]]:
     for i, prompt in enumerate(CONTENTS):
         response = CONTENTS[(i + 1) % len(CONTENTS)]
         long_prompt, long_response = (" ".join([text] * max_length) for text in (prompt, response))
-        for contents in (
-            {"user": prompt},
-            {"system": response, "user": prompt},
-            {"user": prompt, "assistant": response, "system": "Now?"},
-            {"user": long_prompt},
+        for *turns, last in (
+            [("user", prompt), ("assistant", response)],
+            [("system", response), ("user", prompt), ("assistant", response)],
+            [("user", prompt), ("assistant", response), ("user", "And now?"), ("assistant", prompt)],
+            [("user", long_prompt), ("assistant", long_response if i % 2 else response)],
         ):
-            messages = [{"role": role, "content": content} for role, content in contents.items()]
-            last = long_response if i % 2 and contents["user"] is long_prompt else response
-            conversations.append([*messages, {"role": "assistant", "content": last}])
+            conversations.append([{"role": role, "content": content} for role, content in (*turns, last)])
     return conversations
 
 
-def own_sequences(
-    conversations: list[list[dict[str, str]]], tokenizer: RewardTokenizer, settings: RewardSettings
-) -> list[list[int]]:
-    """Returns the ids of each conversation as in training."""
+def split_conversations(conversations: list[list[dict[str, str]]]) -> tuple[list[str], list[str]]:
+    """Returns the prompts and the responses, as training reads them."""
     from apo.records import parse_record
-    from reward_datasets import build_sequence, encode_records
 
-    kind = {"kind": "comparison_pair", "add_sep_token": settings.add_sep_token}
-    records = (parse_record({"chosen": messages, "rejected": messages}, "1", **kind) for messages in conversations)
-    encoded = encode_records(enumerate(records), tokenizer)
-    return [build_sequence(*pairs[0], tokenizer, **settings.sequence_settings) for _, _, pairs in encoded]
+    sides = ({"chosen": messages, "rejected": messages} for messages in conversations)
+    records = [parse_record(record, "none", kind="comparison_pair") for record in sides]
+    return [record.prompts[0] for record in records], [record.responses[0] for record in records]
 
 
 def check_ids(
@@ -117,17 +112,12 @@ def check_ids(
     conversations: list[list[dict[str, str]]],
     sequences: list[list[int]],
 ) -> None:
-    """Raises an InputError if the exported tokenizer gives the text of a conversation other ids than training."""
+    """Raises an InputError if the exported tokenizer gives a conversation other ids than `sequences`."""
     texts = tokenizer.apply_chat_template(conversations, tokenize=False)
     found = tokenizer(texts, truncation=True).input_ids
     if num_wrong := sum(map(operator.ne, found, sequences)):
-        difference = f"other token ids than in training for {num_wrong} of {len(texts)} texts"
-        raise InputError(f"{path}: found {difference}, expected the same from tokenizer.json; {INSTEAD}")
-
-
-def in_batches(items: list[T]) -> list[list[T]]:
-    """Divides a list into short ones."""
-    return [items[start : start + BATCH_SIZE] for start in range(0, len(items), BATCH_SIZE)]
+        difference = f"found other token ids than in training for {num_wrong} of {len(texts)} texts"
+        raise InputError(f"{path}: {difference}, expected the same from tokenizer.json; {INSTEAD}")
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -164,12 +154,9 @@ def write_model(
 
     config = model.config
     config.update({"num_labels": 1, "id2label": {0: "reward"}, "label2id": {"reward": 0}})
-    config.update({"problem_type": "regression", "pad_token_id": pad_token_id})
-    body = f"{model_class.base_model_prefix}."
-    weights = {
-        "score.weight" if name == "reward_head.weight" else body + name.removeprefix("model."): weight.to(dtype)
-        for name, weight in model.state_dict().items()
-    }
+    config.update({"problem_type": "regression", "pad_token_id": pad_token_id})  # else pipelines apply a sigmoid
+    weights = {name: weight.to(dtype or weight.dtype) for name, weight in model.state_dict().items()}
+    weights["score.weight"] = weights.pop("reward_head.weight")
     with torch.device("meta"):
         exported = model_class(config)
     exported.load_state_dict(weights, assign=True)
@@ -178,13 +165,13 @@ def write_model(
 
 
 def _add_older_names(path: Path) -> None:
-    """Adds the names of releases before transformers 5, which RewardBench uses: there a rope base is silently lost."""
+    """Adds the names of transformers 4, which RewardBench uses; it would take a default base of the rotations."""
     config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-        scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
-        config["rope_scaling"] = scaling if rope["rope_type"] != "default" else None
+    rotations = config.get("rope_parameters") or {}
+    if "rope_theta" in rotations:
+        scaling = {name: value for name, value in rotations.items() if name != "rope_theta"}
+        config["rope_theta"] = rotations["rope_theta"]
+        config["rope_scaling"] = scaling if rotations["rope_type"] != "default" else None
     write_json(path, config)
 
 
@@ -194,35 +181,15 @@ def write_card(path: str, settings: RewardSettings, tokenizer: PreTrainedTokeniz
 
     example = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
     text = tokenizer.apply_chat_template(example, tokenize=False)
-    special = dict.fromkeys(filter(None, (tokenizer.bos_token, tokenizer.sep_token, tokenizer.eos_token)))
     card = Template(CARD.read_text(encoding="utf-8")).substitute(
         source=path,
         text=text.replace("\n", "\\n"),
-        special=", ".join(f"`{token}`" for token in special),
+        special=", ".join(f"`{token}`" for token in tokenizer.all_special_tokens),
         length=tokenizer.model_max_length,
         side=tokenizer.truncation_side,
-        ending=f"ends with `{tokenizer.eos_token}`" if settings.pooling_type == "eos" else "needs no end of sequence",
         settings=format_table(("setting", "value"), [(k, str(v)) for k, v in asdict(settings).items()], 2),
     )
     (output_dir / "README.md").write_text(card, encoding="utf-8")
-
-
-# ------------------------------------------------------------------------------------------------ rewards
-
-
-def own_rewards(model: RewardModel, sequences: list[list[int]], pad_token_id: int) -> torch.Tensor:
-    """Returns this project's rewards (N,)."""
-    import torch
-
-    from reward_datasets import RewardDataCollator
-
-    def score(rows: list[list[int]]) -> torch.Tensor:
-        item = {"input_ids": rows, "scores": [0.0] * len(rows), "is_apo": False}
-        batch = RewardDataCollator(pad_token_id)([item])
-        return model(batch["input_ids"], batch["attention_mask"]).rewards
-
-    with torch.no_grad():
-        return torch.cat([score(rows) for rows in in_batches(sequences)])
 
 
 def check_folder(
@@ -246,19 +213,21 @@ def check_folder(
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = tokenizer.apply_chat_template(conversations, tokenize=False)
-    to_tensors = {"padding": True, "return_tensors": "pt"}
-    batches = {
-        "ids": [tokenizer.pad({"input_ids": rows}, **to_tensors) for rows in in_batches(sequences)],
-        "text": [tokenizer(rows, truncation=True, **to_tensors) for rows in in_batches(texts)],
-    }
-    differences = {}
-    for source in batches:
+    rewards: dict[str, list[torch.Tensor]] = {"ids": [], "text": []}
+    for start in range(0, len(texts), BATCH_SIZE):
+        rows = slice(start, start + BATCH_SIZE)
+        batches = {
+            "ids": tokenizer.pad({"input_ids": sequences[rows]}, return_tensors="pt"),
+            "text": tokenizer(texts[rows], truncation=True, padding=True, return_tensors="pt"),
+        }
         with torch.no_grad():
-            rewards = torch.cat([model(**batch).logits[:, 0] for batch in batches[source]])
-        differences[source] = (rewards - expected).abs().max().item()
-        if not differences[source] <= TOLERANCE * max(1, expected.abs().max().item()):
-            found = f"rewards from {source} that differ by {differences[source]:.2g}, expected at most {TOLERANCE:g}"
-            raise InputError(f"{model.__class__.__name__}: found {found}; {INSTEAD}")
+            for source, batch in batches.items():
+                rewards[source].append(model(**batch).logits[:, 0])
+    differences = {source: (torch.cat(found) - expected).abs().max().item() for source, found in rewards.items()}
+    for source, difference in differences.items():
+        if not difference <= TOLERANCE * max(1, expected.abs().max().item()):
+            found = f"found rewards from {source} that differ by {difference:.2g}, expected at most {TOLERANCE:g}"
+            raise InputError(f"{type(model).__name__}: {found}; {INSTEAD}")
     return max(differences.values())
 
 
@@ -279,33 +248,38 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     args = parse_args()
 
+    import torch
+
     from apo.fast_tokenizer import make_fast_tokenizer, save_fast_tokenizer
     from apo.tokenizer import load_reward_tokenizer
-    from models import load_config, load_reward_model, resolve_settings
+    from models import RewardModel, load_config, resolve_settings
+    from reward_datasets import build_sequence
 
+    # ---- what other libraries can repeat
     path = args.model_name_or_path
     config = load_config(path)
-    settings, dtype = resolve_settings(config), config.dtype  # that of the files; they are loaded as float32
-    model_class = find_class(path, config)
+    model_class, settings = find_class(path, config), resolve_settings(config)
     tokenizer = load_reward_tokenizer(path, config, settings.tokenizer_backend)
-    settings.sep_token_id = tokenizer.sep_token_id
     check_settings(path, settings, tokenizer)
+    fast_tokenizer = make_fast_tokenizer(tokenizer, pooling_type=settings.pooling_type, **settings.sequence_settings)
     conversations = make_conversations(settings.max_length)
-    sequences = own_sequences(conversations, tokenizer, settings)
-    exported_tokenizer = make_fast_tokenizer(
-        tokenizer, pooling_type=settings.pooling_type, **settings.sequence_settings
-    )
-    check_ids(path, exported_tokenizer, conversations, sequences)
+    prompts, responses = split_conversations(conversations)
+    ids = zip(tokenizer.encode(prompts), tokenizer.encode(responses), strict=True)
+    sequences = [build_sequence(*pair, tokenizer, **settings.sequence_settings) for pair in ids]
+    if settings.pooling_type == "last":  # does not read the last token: eos, or what a cut on the right leaves
+        sequences = [sequence[:-1] for sequence in sequences]
+    check_ids(path, fast_tokenizer, conversations, sequences)
 
+    # ---- the folder
     with complete_folder(args.output_dir) as folder:
-        model = load_reward_model(path, config, tokenizer, settings, seed=0, needs_trained_head=True, will_train=False)
-        expected = own_rewards(model, sequences, tokenizer.pad_token_id)
-        save_fast_tokenizer(exported_tokenizer, folder)
+        model = RewardModel.from_pretrained(path)
+        expected = torch.tensor(model.score(prompts, responses, BATCH_SIZE))
+        write_model(model, model_class, fast_tokenizer.pad_token_id, config.dtype, folder)
+        write_card(path, model.settings, fast_tokenizer, folder)
+        del model  # room for the other one
+        save_fast_tokenizer(fast_tokenizer, folder)
         if tokenizer.uses_sentencepiece:
             shutil.copyfile(tokenizer.sentencepiece_path, folder / "tokenizer.model")
-        write_model(model, model_class, exported_tokenizer.pad_token_id, dtype, folder)
-        write_card(path, settings, exported_tokenizer, folder)
-        del model  # room for the other one
         difference = check_folder(folder, conversations, sequences, expected)
     compared = f"{len(sequences)} rewards differ by at most {difference:.1g} from this project's"
     print(f"{args.output_dir}: {model_class.__name__}; {compared}; README.md says how to load it")
