@@ -108,7 +108,9 @@ def test_sentencepiece_of_another_kind_is_refused(tmp_path, changes, message):
     model = io.BytesIO()
     lines = [f"question {i} and the answer to it" for i in range(99)]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_writer=model, **options | {"unk_id": 0, "bos_id": 1, "eos_id": 2} | changes
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        **options | {"unk_id": 0, "bos_id": 1, "eos_id": 2} | changes,
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = load_reward_tokenizer(str(CHECKPOINT))
