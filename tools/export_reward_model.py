@@ -82,19 +82,17 @@ def check_settings(path: str, settings: RewardSettings, tokenizer: RewardTokeniz
 
 
 def make_conversations(max_length: int) -> list[list[dict[str, str]]]:
-    """Returns 32 conversations that end with a response, of one or more turns, short or beyond `max_length`."""
-    conversations = []
-    for i, prompt in enumerate(CONTENTS):
-        response = CONTENTS[(i + 1) % len(CONTENTS)]
-        long_prompt, long_response = (" ".join([text] * max_length) for text in (prompt, response))
-        for *turns, last in (
-            [("user", prompt), ("assistant", response)],
-            [("system", response), ("user", prompt), ("assistant", response)],
-            [("user", prompt), ("assistant", response), ("user", "And now?"), ("assistant", prompt)],
-            [("user", long_prompt), ("assistant", long_response if i % 2 else response)],
-        ):
-            conversations.append([{"role": role, "content": content} for role, content in (*turns, last)])
-    return conversations
+    """Returns 32 conversations that end with a response, of one or more turns; the last 8 are beyond `max_length`."""
+    pairs = list(zip(CONTENTS, (*CONTENTS[1:], CONTENTS[0]), strict=True))
+    long = [[" ".join([text] * max_length) for text in pair] for pair in pairs]
+    turns = [
+        *([("user", prompt), ("assistant", response)] for prompt, response in pairs),
+        *([("system", response), ("user", prompt), ("assistant", response)] for prompt, response in pairs),
+        *([("user", a), ("assistant", b), ("user", "And now?"), ("assistant", a)] for a, b in pairs),
+        *([("user", prompt), ("assistant", "Because.")] for prompt, _ in long[:4]),
+        *([("user", "Why?"), ("assistant", response)] for _, response in long[4:]),
+    ]
+    return [[{"role": role, "content": content} for role, content in conversation] for conversation in turns]
 
 
 def split_conversations(conversations: list[list[dict[str, str]]]) -> tuple[list[str], list[str]]:

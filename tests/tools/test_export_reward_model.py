@@ -210,10 +210,8 @@ def test_a_special_token_inside_a_message_is_read_as_one(exported):
 
 def test_a_long_text_that_is_not_cut_gets_another_reward(exported):
     """As the model card says."""
-    [*turns, response] = CONVERSATIONS[3]
-    conversation = [*turns, {**response, "content": "Yes."}]
-    texts = exported.texts([conversation])
-    assert_inexact(exported.rewards_of_texts(texts, truncation=False), exported.expected([conversation]))
+    long = CONVERSATIONS[-8:]
+    assert_inexact(exported.rewards_of_texts(exported.texts(long), truncation=False), exported.expected(long))
 
 
 # ------------------------------------------------------------------------------------------------ RewardBench
@@ -280,13 +278,16 @@ def test_plain_text_in_grpo_gets_another_reward_unless_it_is_what_the_template_w
     assert_exact(grpo_rewards(trl, exported, policy, whole, responses), expected)
 
 
-def test_trl_trains_on_with_the_same_head_and_the_same_accuracy(trl, exported):
-    """8 pairs in batches of 4; TRL takes the mean over batches."""
+@pytest.mark.parametrize("form", ["conversations", "plain text"])
+def test_trl_trains_on_with_the_same_head_and_the_same_accuracy(trl, exported, form):
+    """8 pairs in batches of 4; TRL takes the mean over batches, and puts eos behind a plain text that has none."""
     sides = {"chosen": SHORT[:8], "rejected": SHORT[4:12]}
     rewards = {side: exported.expected(conversations) for side, conversations in sides.items()}
     config = trl.RewardConfig(
         output_dir="trl", max_length=None, max_steps=1, learning_rate=1e-2, per_device_eval_batch_size=4, **ON_CPU
     )
+    if form == "plain text":
+        sides = {side: exported.texts(conversations) for side, conversations in sides.items()}
     pairs = Dataset.from_dict(sides)
     trainer = trl.RewardTrainer(model=str(exported.folder), args=config, train_dataset=pairs, eval_dataset=pairs)
     head = trainer.model.score.weight
