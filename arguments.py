@@ -20,7 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import strtobool
 
-from apo.cli import InputError, OneLineParser
+from apo.cli import InputError, OneLineParser, read_json
 from apo.flags import check_flags, check_packages
 from apo.launch import count_processes
 
@@ -73,9 +73,6 @@ class ModelArguments:
         default="float32", help="Type of the weights in memory; --bf16 computes in bfloat16 on float32 weights."
     )
 
-    def __post_init__(self) -> None:
-        check_flags(self)
-
 
 @dataclass
 class DataArguments:
@@ -108,9 +105,7 @@ class RewardTrainingArguments(TrainingArguments):
     apo_sample_num: int = HfArg(default=1, help="Sampled responses per golden response; divides apo_loss_coeff.")
     rm_kl_coeff: float = HfArg(default=1.0, help="Weight of the ranking loss on human pairs under --task_type apo.")
     lm_loss_coeff: float = HfArg(default=0.0, help="Weight of the language-modelling loss on good responses.")
-    lm_score_thresh: float = HfArg(
-        default=0.85, help="A response is modelled if its normalised score is above this threshold."
-    )
+    lm_score_thresh: float = HfArg(default=0.85, help="Normalised score above which a response is modelled.")
     eval_at_start: bool = HfArg(default=False, help="Evaluate before the first step too.")
     rm_calibration: bool = HfArg(default=False, help="Report calibration errors (ECE, ACE, MCE).")
     calibration_bins: list[int] = field(
@@ -132,9 +127,7 @@ class RewardTrainingArguments(TrainingArguments):
     allow_changes: bool = HfArg(
         default=False, help="Resume from a checkpoint of other data or flags; replace the rewards of another model."
     )
-    eval_strategy: str = HfArg(
-        default="no", aliases=["--evaluation_strategy"], help="When to evaluate: no, steps or epoch."
-    )
+    eval_strategy: str = HfArg(default="no", aliases=["--evaluation_strategy"], help="Evaluate: no, steps or epoch.")
     remove_unused_columns: bool = HfArg(default=False, help="No effect: the columns of the data are fixed.")
     include_num_input_tokens_seen: Literal["non_padding", "all", "no"] = HfArg(
         default="non_padding", help="Tokens to count in the log: non_padding, all or no."
@@ -144,7 +137,15 @@ class RewardTrainingArguments(TrainingArguments):
         check_flags(self)
         self._check_loss()
         if self.deepspeed:
-            self._check_deepspeed()
+            if not self.use_cpu and not torch.accelerator.is_available():
+                raise InputError("--deepspeed, but no accelerator was found; add --use_cpu true to train on the CPU")
+            if strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")):
+                raise InputError("found ACCELERATE_USE_CPU, which drops --deepspeed; unset it, add --use_cpu true")
+            config = read_json(self.deepspeed)
+            zero = config.get("zero_optimization", {})
+            if not config or not isinstance(zero, dict) or zero.get("stage", 0) not in range(4):
+                expected = 'a JSON object, and in it "zero_optimization", an object with a "stage" from 0 to 3'
+                raise InputError(f"--deepspeed {self.deepspeed}: no such file, or its content is not {expected}")
         if self.greater_is_better is None and "_calibration_" in (self.metric_for_best_model or ""):
             self.greater_is_better = False
         super().__post_init__()
@@ -152,15 +153,11 @@ class RewardTrainingArguments(TrainingArguments):
             raise InputError("--fp16 true has no effect on a CPU; give --bf16 true, or neither")
         check_packages(self)
         if self.world_size != count_processes():
-            raise InputError(
-                f"{count_processes()} processes were launched, but each would train alone on all the data: "
-                "no accelerator was found; add --use_cpu true to train on the CPU"
-            )
+            found = f"{count_processes()} processes were launched, but each would train alone on all the data"
+            raise InputError(f"{found}: no accelerator was found; add --use_cpu true to train on the CPU")
         if self.n_gpu > 1:
-            raise InputError(
-                f"one process was launched and sees {self.n_gpu} GPUs; launch one a GPU with torchrun "
-                f"--nproc_per_node={self.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0"
-            )
+            advice = f"torchrun --nproc_per_node={self.n_gpu}, or choose one with CUDA_VISIBLE_DEVICES=0"
+            raise InputError(f"one process was launched and sees {self.n_gpu} GPUs; launch one a GPU with {advice}")
         self.eval_on_start = self.eval_on_start or self.eval_at_start
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every step uses every weight; a search takes time
@@ -173,37 +170,6 @@ class RewardTrainingArguments(TrainingArguments):
         if self.save_calibration and not self.rm_calibration:
             logger.warning("--save_calibration turns --rm_calibration on")
             self.rm_calibration = True
-
-    def _check_deepspeed(self) -> None:
-        """Refuses a config that cannot be read, or that accelerate would drop silently."""
-        if not self.use_cpu and not torch.accelerator.is_available():
-            raise InputError("--deepspeed, but no accelerator was found; add --use_cpu true to train on the CPU")
-        if isinstance(self.deepspeed, str):
-            check_deepspeed_config(self.deepspeed)
-        if strtobool(os.environ.get("ACCELERATE_USE_CPU", "false")):
-            raise InputError(
-                "ACCELERATE_USE_CPU is set and would drop the DeepSpeed config silently; unset it, add --use_cpu true"
-            )
-
-
-def check_deepspeed_config(path: str) -> None:
-    """Reads a DeepSpeed config and checks its outline; its values are DeepSpeed's to check.
-
-    Raises:
-        InputError: no such file, broken JSON, or no object where one belongs.
-    """
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--deepspeed {path}: {error.strerror}; give a DeepSpeed JSON file") from error
-    except ValueError as error:
-        raise InputError(f"--deepspeed {path}: broken JSON ({error}); give a DeepSpeed JSON file") from error
-    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in range(4):
-        raise InputError(
-            f"--deepspeed {path}: found {json.dumps(config)[:60]}, expected an object, and in it "
-            '"zero_optimization", an object with a "stage" from 0 to 3'
-        )
 
 
 GROUPS = (ModelArguments, DataArguments, RewardTrainingArguments)
@@ -227,9 +193,8 @@ def read_run_file(path: str) -> list[str]:
     if not isinstance(settings, dict):
         raise InputError(f'--config {path}: expected a mapping of flags, such as "max_length: 512"')
     names = [key.value for key, _ in node.value]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"--config {path}: found {twice} twice, expected every flag once")
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--config {path}: found {twice[0]} twice, expected every flag once")
     words = []
     for name, value in settings.items():
         if value is not None:
@@ -272,15 +237,12 @@ def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArgu
             group(**{field.name: getattr(flags, field.name) for field in fields(group) if field.init})
             for group in GROUPS
         )
-    except InputError:
-        raise
     except (ValueError, ImportError, TypeError) as error:  # transformers checks its own flags
         raise InputError(" ".join(str(error).split())) from error
+    check_flags(model_args)
     _check_task(data_args, args)
     if args.do_train and model_args.dtype == "float16" and not args.deepspeed:
-        raise InputError(
-            "--dtype float16: such weights overflow in training; give --fp16 true on float32, or bfloat16"
-        )
+        raise InputError("--dtype float16: such weights overflow in training; give --fp16 true, or bfloat16")
     return model_args, data_args, args
 
 
@@ -309,11 +271,8 @@ def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None
         raise InputError("--do_train True without training data; give --train_data_path")
     if not args.do_train and not data_args.eval_data_path:
         raise InputError("nothing to do: give --do_train True with --train_data_path, or --eval_data_path")
-    needs_data = {"eval_at_start": args.eval_on_start, "metric_for_best_model": args.metric_for_best_model}
-    needs_data |= {"eval_strategy": args.eval_strategy != "no" and args.eval_strategy.value}
-    for name, value in (needs_data | {"do_eval": args.do_eval}).items():
-        if value and not data_args.eval_data_path:
-            raise InputError(f"--{name} {value} without --eval_data_path")
+    if (args.do_eval or args.eval_on_start) and not data_args.eval_data_path:
+        raise InputError("--do_eval, --eval_at_start or --eval_strategy without --eval_data_path")
     if (args.metric_for_best_model or args.save_strategy == "best") and args.eval_strategy == "no":
         raise InputError("--metric_for_best_model and --save_strategy best need --eval_strategy steps or epoch")
     if args.save_strategy == "best" and not args.metric_for_best_model:

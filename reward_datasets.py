@@ -5,7 +5,6 @@ Heavy packages are imported inside the functions that need them, so that the com
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import itertools
 import json
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from apo.cli import InputError, locked, replacing, sha256_of_file, write_json
-from apo.records import PreferenceRecord, iter_preference_data, warn_of_fields
+from apo.records import PreferenceRecord, iter_preference_data, log_remarks
 
 if TYPE_CHECKING:
     import datasets
@@ -32,7 +31,9 @@ logger = logging.getLogger(__name__)
 
 ABSENT_SCORE = -1.0  # marks an absent response in a ragged (B, R) score matrix
 TOKENIZE_BATCH_SIZE = 512
-DATASET_VERSION = 5  # part of the cache key: raise it when the rows of `tokenize_records` change
+DATASET_VERSION = 6  # part of the cache key: raise it when the rows of `tokenize_records` change
+
+Encoded = tuple[PreferenceRecord, list[tuple[list[int], list[int]]]]  # with prompt ids and ids of each response
 
 
 # ------------------------------------------------------------------------------------------------ tokenising
@@ -75,17 +76,15 @@ def preferred_pairs(scores: list[float]) -> list[tuple[int, int]]:
     return [(i, j) for i, j in itertools.permutations(range(len(scores)), 2) if scores[i] > scores[j]]
 
 
-def encode_records(
-    placed: Iterable[tuple[Any, PreferenceRecord]], tokenizer: RewardTokenizer
-) -> Iterator[tuple[Any, PreferenceRecord, list[tuple[list[int], list[int]]]]]:
-    """Adds to each (place, record) the (prompt ids, response ids) of its responses; no border merges."""
-    placed = iter(placed)
-    while batch := list(itertools.islice(placed, TOKENIZE_BATCH_SIZE)):
-        prompts = list(dict.fromkeys(prompt for _, record in batch for prompt in record.prompts))
+def encode_records(records: Iterable[PreferenceRecord], tokenizer: RewardTokenizer) -> Iterator[Encoded]:
+    """Yields each record with the token ids of its responses; prompt and response are encoded apart."""
+    records = iter(records)
+    while batch := list(itertools.islice(records, TOKENIZE_BATCH_SIZE)):
+        prompts = list(dict.fromkeys(prompt for record in batch for prompt in record.prompts))
         prompt_ids = dict(zip(prompts, tokenizer.encode(prompts), strict=True))
-        response_ids = iter(tokenizer.encode([response for _, record in batch for response in record.responses]))
-        for place, record in batch:
-            yield place, record, [(prompt_ids[prompt], next(response_ids)) for prompt in record.prompts]
+        response_ids = iter(tokenizer.encode([response for record in batch for response in record.responses]))
+        for record in batch:
+            yield record, [(prompt_ids[prompt], next(response_ids)) for prompt in record.prompts]
 
 
 def tokenize_records(
@@ -98,37 +97,35 @@ def tokenize_records(
 ) -> Iterator[dict[str, Any]]:
     """Yields one row per record; see `encode_records`.
 
-    Row: `input_ids` R lists of ids, `scores` R normalised scores, five fields of the record, three counts: `num_pairs`
+    Row: `input_ids` R lists of ids, `scores` R normalised scores, four fields of the record, three counts: `num_pairs`
     (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical` (pairs
-    whose two sequences became the same, from which nothing can be learnt), and three sizes in tokens: `length` (of all
-    sequences as a prefix tree), `num_tokens` (their sum), `longest`.
+    whose two sequences became the same, from which nothing can be learnt), and the sizes of `count_tokens`.
     """
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
-    for _, record, pairs_ids in encode_records(enumerate(records), tokenizer):
+    for record, pairs_ids in encode_records(records, tokenizer):
         sequences = [build_sequence(*ids, tokenizer, **settings) for ids in pairs_ids]
         num_special = 1 + (tokenizer.bos_token_id is not None) + add_sep_token
         scores = normalize_scores(record.scores)
+        pairs = preferred_pairs(scores)
         yield {
             "input_ids": sequences,
             "scores": scores,
             "is_apo": record.is_apo,
             "query_id": record.query_id,
             "response_keys": record.response_keys,
-            "passed_over": record.passed_over,
-            "doubts": record.doubts,
+            "remarks": record.remarks,
             "num_truncated": sum(len(p) + len(r) + num_special > max_length for p, r in pairs_ids),
-            **_count_pairs(scores, sequences),
-            **_count_tokens(sequences),
+            "num_pairs": len(pairs),
+            "num_identical": sum(sequences[i] == sequences[j] for i, j in pairs),
+            **count_tokens(sequences),
         }
 
 
-def _count_pairs(scores: list[float], sequences: list[list[int]]) -> dict[str, int]:
-    pairs = preferred_pairs(scores)
-    return {"num_pairs": len(pairs), "num_identical": sum(sequences[i] == sequences[j] for i, j in pairs)}
+def count_tokens(sequences: list[list[int]]) -> dict[str, int]:
+    """Returns the sizes in tokens of an item: `length` (as a prefix tree), `num_tokens` (the sum), `longest`.
 
-
-def _count_tokens(sequences: list[list[int]]) -> dict[str, int]:
-    """In sorted order, the longest prefix that a sequence shares with an earlier one is shared with its neighbour."""
+    In sorted order, the longest prefix that a sequence shares with an earlier one is shared with its neighbour.
+    """
     shared = [
         next(itertools.compress(itertools.count(), map(operator.ne, first, second)), min(len(first), len(second)))
         for first, second in itertools.pairwise(sorted(sequences))
@@ -137,29 +134,23 @@ def _count_tokens(sequences: list[list[int]]) -> dict[str, int]:
     return {"length": sum(lengths) - sum(shared), "num_tokens": sum(lengths), "longest": max(lengths)}
 
 
-def _row_features() -> datasets.Features:
-    import datasets
-
-    value = datasets.Value
-    return datasets.Features(
-        {
-            "input_ids": datasets.List(datasets.List(value("int32"))),
-            "scores": datasets.List(value("float32")),
-            "is_apo": value("bool"),
-            "query_id": value("string"),
-            **{name: datasets.List(value("string")) for name in ("response_keys", "passed_over", "doubts")},
-            **dict.fromkeys(("num_truncated", "num_pairs", "num_identical"), value("int32")),
-            **dict.fromkeys(("length", "num_tokens", "longest"), value("int32")),
-        }
-    )
-
-
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes rows to an Arrow file, then its hash beside it."""
+    from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
+    counts = ("num_truncated", "num_pairs", "num_identical", "length", "num_tokens", "longest")
+    features = {
+        "input_ids": List(List(Value("int32"))),
+        "scores": List(Value("float32")),
+        "is_apo": Value("bool"),
+        "query_id": Value("string"),
+        "response_keys": List(Value("string")),
+        "remarks": List(Value("string")),
+        **{name: Value("int32") for name in counts},
+    }
     name = f"{path.stem}.{socket.gethostname()}.incomplete"  # the lock may not hold across machines
-    with replacing(path, name) as temporary, ArrowWriter(path=str(temporary), features=_row_features()) as writer:
+    with replacing(path, name) as temporary, ArrowWriter(path=str(temporary), features=Features(features)) as writer:
         for row in rows:
             writer.write(row)
         writer.finalize()
@@ -210,23 +201,22 @@ def load_preference_dataset(
                 records = iter_preference_data(path, data_type, add_sep_token, response_keys)
                 _write_rows(cache_path, tokenize_records(records, tokenizer, **settings))
     dataset = datasets.Dataset.from_file(str(cache_path))
-    if num_records is not None:
-        dataset = dataset.select(range(min(len(dataset), num_records)))
+    dataset = dataset.select(range(len(dataset))[:num_records])
     _log_counts(path, dataset)
     return dataset
 
 
 def _log_counts(path: str | Path, dataset: datasets.Dataset) -> None:
-    columns = dataset.select_columns(["num_pairs", "num_truncated", "num_identical"]).with_format("numpy")[:]
-    counts = {name: int(column.sum()) for name, column in columns.items()}
-    num_equal = int((columns["num_pairs"] == 0).sum())
+    num_pairs, num_truncated, num_identical = (
+        dataset[f"num_{name}"][:] for name in ("pairs", "truncated", "identical")
+    )
     logger.info(
         "%s: %d items, %d pairs, %d responses truncated, %d items without a pair (all scores equal)",
-        *(path, len(dataset), counts["num_pairs"], counts["num_truncated"], num_equal),
+        *(path, len(dataset), sum(num_pairs), sum(num_truncated), num_pairs.count(0)),
     )
-    warn_of_fields(path, dataset["passed_over"], dataset["doubts"])
-    if counts["num_identical"]:
-        logger.warning("%s: the two sides of %d pairs are the same tokens", path, counts["num_identical"])
+    log_remarks(path, dataset["remarks"])
+    if any(num_identical):
+        logger.warning("%s: the two sides of %d pairs are the same tokens", path, sum(num_identical))
 
 
 def merge_training_data(parts: dict[str, datasets.Dataset]) -> datasets.Dataset:
@@ -238,29 +228,25 @@ def merge_training_data(parts: dict[str, datasets.Dataset]) -> datasets.Dataset:
     import datasets
 
     for path, part in parts.items():
-        if not any(part["num_pairs"]):
-            raise InputError(
-                f'{path}: field "scores": found equal scores within each of the {len(part)} records, '
-                "expected at least one preferred response"
-            )
-        if part["num_identical"][:] == part["num_pairs"][:]:
-            raise InputError(
-                f"{path}: the two sides of all {sum(part['num_pairs'])} pairs are the same tokens; give pairs that "
-                "differ, or raise --max_length, beyond which text is cut off"
-            )
+        num_pairs = sum(part["num_pairs"][:])
+        if not num_pairs:
+            found = f"equal scores within each of the {len(part)} records, expected at least one preferred response"
+            raise InputError(f'{path}: field "scores": found {found}')
+        if num_pairs == sum(part["num_identical"][:]):
+            advice = "give pairs that differ, or raise --max_length, beyond which text is cut off"
+            raise InputError(f"{path}: the two sides of all {num_pairs} pairs are the same tokens; {advice}")
     return datasets.concatenate_datasets(list(parts.values()))
 
 
 def name_datasets(paths: list[str]) -> dict[str, str]:
     """Names each file by its base name; files of the same name get as many folders as make the names unique."""
     names: dict[str, str] = {}
-    for path in dict.fromkeys(os.path.normpath(path) for path in paths):
-        parts = Path(path).parts
-        others = [Path(os.path.normpath(other)).parts for other in paths if os.path.normpath(other) != path]
-        length = next(
-            n for n in range(1, len(parts) + 1) if n == len(parts) or not any(o[-n:] == parts[-n:] for o in others)
-        )
-        names["/".join(parts[-length:])] = path
+    paths = list(dict.fromkeys(map(os.path.normpath, paths)))
+    for path in paths:
+        parts, others = Path(path).parts, [f"/{other}" for other in paths if other != path]
+        endings = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        name = next((end for end in endings if not any(o.endswith(f"/{end}") for o in others)), path)
+        names[name] = path
     return names
 
 
@@ -319,30 +305,29 @@ class RewardDataCollator:
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        num_responses = max(len(item["scores"]) for item in items)
-        scores = torch.full((len(items), num_responses), ABSENT_SCORE)
-        for row, item in zip(scores, items, strict=True):
-            row[: len(item["scores"])] = torch.as_tensor(item["scores"])
+        scores = [torch.tensor(item["scores"]) for item in items]
+        scores = pad_sequence(scores, batch_first=True, padding_value=ABSENT_SCORE)  # (B, R)
         apo_mask = torch.tensor([float(item["is_apo"]) for item in items])
-        sequences = [ids for item in items for ids in item["input_ids"]]
-        query_ids = {"query_ids": [item["query_id"] for item in items]} if "query_id" in items[0] else {}
-        return {"scores": scores, "apo_mask": apo_mask, **query_ids, **self.token_tensors(sequences)}
+        batch = {"scores": scores, "apo_mask": apo_mask}
+        if "query_id" in items[0]:
+            batch["query_ids"] = [item["query_id"] for item in items]
+        return {**batch, **self.token_tensors([ids for item in items for ids in item["input_ids"]])}
 
     def token_tensors(self, sequences: list[list[int]]) -> dict[str, Any]:
         """Returns the tensors of a batch that depend on N sequences of token ids alone."""
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
         if self.batching == "tree":
             from apo.tree import build_token_tree
 
             tree = build_token_tree(sequences)
-            return {"input_ids": tree.pop("input_ids"), "attention_mask": tree.pop("attention_mask"), "tree": tree}
+            return {**{name: tree.pop(name) for name in ("input_ids", "attention_mask")}, "tree": tree}
         rows = [torch.as_tensor(ids, dtype=torch.long) for ids in sequences]
-        pad = functools.partial(
-            torch.nn.utils.rnn.pad_sequence, batch_first=True, padding_side=self.padding_side
-        )  # (N, T)
+        options = {"batch_first": True, "padding_side": self.padding_side}
         return {
-            "input_ids": pad(rows, padding_value=self.pad_token_id),
-            "attention_mask": pad([torch.ones_like(ids) for ids in rows], padding_value=0),
+            "input_ids": pad_sequence(rows, padding_value=self.pad_token_id, **options),  # (N, T)
+            "attention_mask": pad_sequence([torch.ones_like(ids) for ids in rows], **options),
         }

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from apo.cli import InputError, first_few
 from apo.divergence import GuardedTrainer
 from apo.resumable import ResumableTrainer
 from arguments import RewardTrainingArguments
-from models import PROBES, RewardModelOutput, check_saved_model
+from models import PROBES, check_saved_model
 from reward_datasets import batch_by_tokens
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 CPU_TOKEN_BUDGET = 2048  # larger batches do not fit the caches: at 8,192 tokens a token takes a tenth longer
 
@@ -132,11 +129,8 @@ def calibration_errors(rewards: np.ndarray, scores: np.ndarray, num_bins: int) -
     """Expected (weighted by count), average (over non-empty bins) and maximal calibration error."""
     curve = calibration_curve(rewards, scores, num_bins)
     gaps = np.abs(curve["accuracy"] - curve["confidence"])
-    return {
-        f"calibration_ECE_bin{num_bins}": float(np.average(gaps, weights=curve["count"])),
-        f"calibration_ACE_bin{num_bins}": float(gaps.mean()),
-        f"calibration_MCE_bin{num_bins}": float(gaps.max()),
-    }
+    errors = {"ECE": np.average(gaps, weights=curve["count"]), "ACE": gaps.mean(), "MCE": gaps.max()}
+    return {f"calibration_{name}_bin{num_bins}": float(error) for name, error in errors.items()}
 
 
 def preference_metrics(
@@ -171,24 +165,22 @@ def preference_metrics(
 # ------------------------------------------------------------------------------------------------ trainer
 
 
-def in_file_order(
-    predictions: tuple[np.ndarray, ...], labels: tuple[np.ndarray, ...]
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Sorts gathered rows by the last of the labels, their index in the data set; drops repeated rows and index -1.
+def logged_fractions(rewards: Tensor, scores: Tensor, apo_mask: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is logged of a micro-batch: (B, R), (B, R), (B,), {name: term of the loss} -> {name: (2,) float64}.
 
-    The first of the labels are the scores, (B, R); where they mark an absent response the predictions become NaN.
-
-    Raises:
-        InputError: the prediction for a present response is not finite.
+    The two are a sum and what it is divided by, once they are added up over micro-batches and processes.
     """
-    index, rows = np.unique(labels[-1], return_index=True)
-    rows, index = rows[index >= 0], index[index >= 0]
-    absent = labels[0][rows] < 0
-    bad = index[(~np.isfinite(predictions[0][rows]) & ~absent).any(-1)] + 1
-    if len(bad):
-        found = f"{len(bad)} of {len(index)} records ({first_few([*map(str, bad)])}, counted from 1)"
-        raise InputError(f"{found} got a reward that is not finite; the model diverged, or overflows in --dtype")
-    return tuple(np.where(absent, np.nan, array[rows]) for array in predictions), tuple(x[rows] for x in labels)
+    pairs = preference_pairs(scores)
+    golden = pairs & (apo_mask > 0)[:, None, None]
+    differences = (rewards[:, :, None] - rewards[:, None, :]).masked_fill(~pairs, 0.0)
+    correct = differences > 0
+    fractions = {
+        "accuracy": (correct.sum(), pairs.sum()),
+        "margin": (differences.sum(), pairs.sum()),
+        "apo_accuracy": ((correct & golden).sum(), golden.sum()),
+        **{name: (term.detach(), torch.ones_like(term)) for name, term in terms.items()},
+    }
+    return {name: torch.stack([part.double() for part in fraction]) for name, fraction in fractions.items()}
 
 
 class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
@@ -203,9 +195,6 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.compute_metrics = self._compute_metrics
-        self._window = TrainingWindow()
-        self._batches: list[list[int]] | None = None  # those to predict; None: all of the data set
         if self.args.metric_for_best_model:
             self._settle_best_metric()
 
@@ -235,75 +224,61 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
             is_exact = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
             check_saved_model(output_dir or self.args.output_dir, rewards, self.model.dtype, 1e-3 if is_exact else 0.1)
 
-    def _loss_terms(self, rewards: Tensor, scores: Tensor, apo_mask: Tensor) -> dict[str, Tensor]:
-        """The weighted terms whose sum is the preference loss, (B, R) -> scalars."""
-        if self.args.task_type != "apo":
-            return {"ranking_term": ranking_loss(rewards, scores)}
-        names = ("rm_kl_coeff", "apo_loss_coeff", "apo_sample_num", "apo_loss_type")
-        coefficients = {name: getattr(self.args, name) for name in names}
-        human, golden = apo_loss(rewards, scores, apo_mask, **coefficients)
-        return {"ranking_term": human, "apo_term": golden}
-
     def _lm_mask(self, scores: Tensor) -> Tensor | None:
         """The responses to model, those scored above the threshold: (B, R) -> (N,) bool (arXiv:2309.03126)."""
         return scores[scores >= 0] > self.args.lm_score_thresh if self.args.lm_loss_coeff > 0 else None
 
-    def _lm_term(self, lm_losses: Tensor, scores: Tensor) -> Tensor:
-        """Weighted mean of the LM losses of these responses, (N,) -> scalar."""
-        return self.args.lm_loss_coeff * lm_losses.sum() / self._lm_mask(scores).sum().clamp(min=1)
+    def _loss_terms(self, scores: Tensor, apo_mask: Tensor, rewards: Tensor, *lm_losses: Tensor) -> dict[str, Tensor]:
+        """The weighted terms whose sum is the loss, scalars, from (B, R), (B,) and what `_forward` returns."""
+        if self.args.task_type == "apo":
+            names = ("rm_kl_coeff", "apo_loss_coeff", "apo_sample_num", "apo_loss_type")
+            coefficients = {name: getattr(self.args, name) for name in names}
+            human, golden = apo_loss(rewards, scores, apo_mask, **coefficients)
+            terms = {"ranking_term": human, "apo_term": golden}
+        else:
+            terms = {"ranking_term": ranking_loss(rewards, scores)}
+        for losses in lm_losses:  # a mean over the responses to model; the losses of the others are 0
+            num_modelled = self._lm_mask(scores).sum().clamp(min=1)
+            terms["lm_term"] = self.args.lm_loss_coeff * losses[scores >= 0].sum() / num_modelled
+        return terms
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Keeps the scores in float32: under DeepSpeed they would be rounded to bf16, and close ones would tie."""
         labels = {name: inputs[name].to(self.args.device) for name in ("scores", "apo_mask")}
         return {**super()._prepare_inputs(inputs), **labels}
 
-    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> RewardModelOutput:
-        lm_mask = self._lm_mask(inputs["scores"])
+    def _forward(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """(rewards[, lm_losses]), (B, R) each, NaN at absent responses."""
+        scores = inputs["scores"]
         tokens = {name: inputs[name] for name in ("input_ids", "attention_mask", "tree") if name in inputs}
-        return model(**tokens, lm_mask=lm_mask)
+        output = model(**tokens, lm_mask=self._lm_mask(scores))
+        nan = torch.full_like(scores, torch.nan)
+        return tuple(nan.masked_scatter(scores >= 0, values) for values in output.values())
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Tensor:
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """Mean loss over the pairs of a micro-batch."""
-        output = self._forward(model, inputs)
+        predictions = self._forward(model, inputs)
         scores, apo_mask = inputs["scores"], inputs["apo_mask"]
-        rewards = torch.zeros_like(scores).masked_scatter(scores >= 0, output["rewards"])  # (B, R)
-        terms = self._loss_terms(rewards, scores, apo_mask)
-        if self.args.lm_loss_coeff > 0:
-            terms["lm_term"] = self._lm_term(output["lm_losses"], scores)
-        self._window.add(rewards.detach(), scores, apo_mask, terms)
+        terms = self._loss_terms(scores, apo_mask, *predictions)
+        for name, value in logged_fractions(predictions[0].detach(), scores, apo_mask, terms).items():
+            self.window[name] = self.window.get(name, 0.0) + value
         return sum(terms.values())
 
-    @property
-    def eval_token_budget(self) -> int:
-        """Tokens of a batch in evaluation and scoring, at most."""
-        if self.args.eval_token_budget:
-            return self.args.eval_token_budget
-        pairs = 2 * self.model.settings.max_length * self.args.eval_batch_size
-        return min(pairs, CPU_TOKEN_BUDGET) if self.args.device.type == "cpu" else pairs
-
     def eval_batches(self, dataset: Dataset) -> list[list[int]]:
-        """Indices of the items of each batch, over all processes."""
-        return batch_by_tokens(dataset, self.eval_token_budget, self.data_collator.batching)
+        """Indices of the items of each batch in evaluation and scoring, over all processes."""
+        pairs = 2 * self.model.settings.max_length * self.args.eval_batch_size
+        default = min(pairs, CPU_TOKEN_BUDGET) if self.args.device.type == "cpu" else pairs
+        return batch_by_tokens(dataset, self.args.eval_token_budget or default, self.data_collator.batching)
 
     def predict_batches(self, dataset: Dataset, batches: list[list[int]]) -> dict[int, np.ndarray]:
         """Rewards (R,) of the items of some batches of a data set, by index."""
-        self._batches = batches
-        try:
-            output = self.predict(dataset)
-        finally:
-            self._batches = None
+        output = self.evaluation_loop(self.get_eval_dataloader(dataset, batches), description="Prediction")
         return dict(zip(output.label_ids[-1].tolist(), output.predictions[0], strict=True))
 
-    def get_eval_dataloader(self, eval_dataset: str | Dataset) -> DataLoader:
-        """This process's share of the batches, each with the `index` (B,) of its items."""
+    def get_eval_dataloader(self, eval_dataset: str | Dataset, batches: list[list[int]] | None = None) -> DataLoader:
+        """This process's share of the batches (default: `eval_batches`); each has the `index` (B,) of its items."""
         dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        batches = self.eval_batches(dataset) if self._batches is None else self._batches
+        batches = self.eval_batches(dataset) if batches is None else batches
         # All processes run equally many batches, since ZeRO-3 gathers weights in each; who lacks one repeats another.
         rank, world_size = self.args.process_index, self.args.world_size
         num_rounds = math.ceil(len(batches) / world_size)
@@ -320,47 +295,44 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
         )
 
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        """See `get_eval_dataloader`."""
-        return self.get_eval_dataloader(test_dataset)
+    get_test_dataloader = get_eval_dataloader  # of `predict`
 
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Returns predictions and labels in file order, each item once, however they were batched and distributed."""
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """Returns predictions and labels in file order, each item once, and the metrics over all pairs at once.
+
+        Raises:
+            InputError: the reward of a present response is not finite.
+        """
         self.gather_function = self.accelerator.gather  # the other one would cut what it takes for repeated samples
-        output = super().evaluation_loop(*args, **kwargs)
-        predictions, labels = in_file_order(output.predictions, output.label_ids)
-        return output._replace(predictions=predictions, label_ids=labels)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        index, rows = np.unique(output.label_ids[-1], return_index=True)
+        rows = rows[index >= 0]  # -1 fills up the share of a process
+        scores, apo_mask, index = labels = tuple(array[rows] for array in output.label_ids)
+        absent = scores < 0  # also where gathering fills up
+        predictions = tuple(np.where(absent, np.nan, array[rows]) for array in output.predictions)
+        bad = index[(~np.isfinite(predictions[0]) & ~absent).any(-1)] + 1
+        if len(bad):
+            found = f"{len(bad)} of {len(index)} records ({first_few([*map(str, bad)])}, counted from 1)"
+            raise InputError(f"{found} got a reward that is not finite; the model diverged, or overflows in --dtype")
+        tensors = (torch.as_tensor(array, dtype=torch.float64) for array in (scores, apo_mask, *predictions))
+        bins = self.args.calibration_bins if self.args.rm_calibration else None
+        loss = sum(self._loss_terms(*tensors).values()).item()
+        metrics = {"loss": loss, **preference_metrics(predictions[0], scores, bins)}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()} | output.metrics
+        return output._replace(predictions=predictions, label_ids=labels, metrics=metrics)
 
     def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
+        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> tuple[None, tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
-        """Returns no loss, (rewards[, lm_losses]) and (scores, apo_mask, index); (B, R) each, NaN at absent responses.
+        """Returns no loss, what `_forward` returns, and (scores, apo_mask, index).
 
         B is that of the process with the most items; what fills it up elsewhere has the index -1.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            output = self._forward(model, inputs)
-        scores = inputs["scores"]
-        nan = torch.full_like(scores, torch.nan)
-        names = ("rewards", "lm_losses") if self.args.lm_loss_coeff > 0 else ("rewards",)
-        predictions = tuple(nan.masked_scatter(scores >= 0, output[name]) for name in names)
-        labels = (scores, inputs["apo_mask"], inputs["index"])
+            predictions = self._forward(model, inputs)
+        labels = (inputs["scores"], inputs["apo_mask"], inputs["index"])
         return None, *(self.accelerator.pad_across_processes(part, pad_index=-1) for part in (predictions, labels))
-
-    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics and loss of a whole data set; what the gathering padded counts as absent."""
-        (rewards, *lm_losses), (scores, apo_mask, _) = in_file_order(prediction.predictions, prediction.label_ids)
-        bins = self.args.calibration_bins if self.args.rm_calibration else None
-        tensors = [torch.as_tensor(array, dtype=torch.float64) for array in (rewards, scores, apo_mask)]
-        loss = sum(self._loss_terms(*tensors).values())
-        if lm_losses:
-            loss += self._lm_term(torch.as_tensor(lm_losses[0][scores >= 0], dtype=torch.float64), tensors[1])
-        return {"loss": loss.item(), **preference_metrics(rewards, scores, bins)}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds accuracy, margin and the terms of the loss since the last log to the training log.
@@ -368,62 +340,11 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
         Steps per second of an evaluation are left out: they would count batches of `--per_device_eval_batch_size`.
         """
         if "loss" in logs:
-            logs |= self._window.drain(self.accelerator)
+            sums = self.accelerator.reduce(torch.stack(list(self.window.values())), reduction="sum").tolist()
+            logs |= {name: total / count for name, (total, count) in zip(self.window, sums, strict=True) if count}
+            self.window = {}
         for name in [name for name in logs if name.startswith("eval") and name.endswith("_steps_per_second")]:
             del logs[name]
         if not math.isfinite(logs.get("grad_norm", 0.0)):
             del logs["grad_norm"]  # of a step that fp16 skips; JSON has no infinity
         super().log(logs, start_time)
-
-    def _progress(self) -> dict[str, Any]:
-        return {**super()._progress(), "window": self._window.state()}
-
-    def _restore_progress(self, progress: dict[str, Any]) -> None:
-        super()._restore_progress(progress)
-        self._window.restore(progress["window"], self.args.device)
-
-
-class TrainingWindow:
-    """Sums over the micro-batches since the last log, on the device, gathered only when logged."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, rewards: Tensor, scores: Tensor, apo_mask: Tensor, terms: dict[str, Tensor]) -> None:
-        """Adds a micro-batch: rewards and scores (B, R), apo_mask (B,), the weighted terms of its loss."""
-        pairs = preference_pairs(scores)
-        differences = (rewards[:, :, None] - rewards[:, None, :]).masked_fill(~pairs, 0.0)
-        golden = pairs & (apo_mask > 0)[:, None, None]
-        values = {
-            "batches": torch.ones((), device=rewards.device),
-            "pairs": pairs.sum(),
-            "correct": (differences > 0).sum(),
-            "golden": golden.sum(),
-            "golden_correct": ((differences > 0) & golden).sum(),
-            "difference": differences.sum(),
-            **{name: term.detach() for name, term in terms.items()},
-        }
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.double()
-
-    def drain(self, accelerator: Any) -> dict[str, float]:
-        """Returns the means over all processes and resets the sums."""
-        if not self._sums:
-            return {}
-        local = torch.stack(list(self._sums.values()))
-        total = dict(zip(self._sums, accelerator.reduce(local, reduction="sum").tolist(), strict=True))
-        logs = {name: total[name] / total["batches"] for name in total if name.endswith("_term")}
-        logs["accuracy"] = total["correct"] / max(total["pairs"], 1)
-        logs["margin"] = total["difference"] / max(total["pairs"], 1)
-        if total["golden"]:
-            logs["apo_accuracy"] = total["golden_correct"] / total["golden"]
-        self._sums = {}
-        return logs
-
-    def state(self) -> dict[str, float]:
-        """The sums, as JSON holds them."""
-        return {name: value.item() for name, value in self._sums.items()}
-
-    def restore(self, state: dict[str, float], device: torch.device) -> None:
-        """Continues the sums of `state`."""
-        self._sums = {name: torch.tensor(value, dtype=torch.double, device=device) for name, value in state.items()}

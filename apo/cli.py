@@ -46,8 +46,8 @@ def refuse(difference: str, allowed: bool) -> None:
     logger.warning(difference)
 
 
-def raise_interrupt(signum: int, frame: Any = None, line: str = "the same command starts again") -> NoReturn:
-    """Handles SIGTERM and SIGINT: ends what runs now with an exception, whose text says what to do."""
+def raise_interrupt(signum: int, frame: Any = None, line: str = "") -> NoReturn:
+    """Handles SIGTERM and SIGINT: ends what runs now with an exception."""
     raise Terminated(line) if signum == signal.SIGTERM else KeyboardInterrupt(line)
 
 
@@ -88,7 +88,7 @@ def exit_on_input_error(main: Callable[..., None]) -> Callable[..., None]:
             return
         except KeyboardInterrupt as error:
             status = 143 if isinstance(error, Terminated) else 130
-            line = f"interrupted: {str(error) or 'the same command resumes'}"
+            line = f"interrupted: {str(error) or 'the same command starts again'}"
         except (InputError, OSError) as error:
             status, line = 2, f"error of rank {process_rank()}: {error}" if process_rank() else f"error: {error}"
         finally:
@@ -108,8 +108,7 @@ class OneLineParser(argparse.ArgumentParser):
     """A command line with full flag names only, whose errors are one line instead of a page of usage."""
 
     def __init__(self, **options: Any) -> None:
-        defaults = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-        super().__init__(**defaults | options)
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False} | options)
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
@@ -199,6 +198,15 @@ def write_json(path: str | Path, obj: Any) -> None:
         raise InputError(f"{path}: not written: a number in it is not finite ({error})") from error
     with replacing(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Returns the JSON object in a file; an empty one if there is none, or the file is damaged."""
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def sha256_of_file(path: str | Path) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from typing import Any
 
-from apo.cli import describe, mask_secrets, secrets
+from apo.cli import InputError, describe, mask_secrets, secrets
 from apo.prompts import REASONING_TAGS, format_response
 
 MAX_BODY = 2 * 2**20  # bytes that are read of a body; 100,000 tokens need about 1 MB
 MAX_WORDS = 300  # characters that a message shows of what the server said
 UNFINISHED = ("content_filter", "abort", "error")  # values of finish_reason that are counted under their own name
+TRUNCATED = "break off (finish_reason length): at --max_new_tokens, or at a limit of the server"
+STRIPPED = "stripped of the reasoning or role before them"
 OPEN, CLOSE = REASONING_TAGS
 REASONING = re.compile(rf"(?:{OPEN})?(?:(?!{OPEN}).)*?{CLOSE}", re.DOTALL)  # some templates open it in the prompt
 ROLE = re.compile(r"\s*(?i:assistant):")
@@ -23,6 +24,12 @@ TOKEN = re.compile(
 TOO_LONG = re.compile(r"(?i)context (?:size|length|window)|(?:prompt|input) is too long|too many tokens")
 WRONG_SETTING = re.compile(r"(?i)(?:unsupported|unknown|unrecognized|unexpected|extra)[ _](?:param|arg|val|field|inp)")
 NO_CREDIT = re.compile(r"(?i)insufficient_quota|exceeded your current quota|credit balance")
+KEY = "OPENAI_API_KEY to hold a key that it accepts, or --base_url a user and password"
+EXPECTED = {401: KEY, 403: KEY, 404: "a base_url that usually ends in /v1, and the name of a model that it serves"}
+
+
+class TemporaryError(Exception):
+    """The server may respond to a later try."""
 
 
 class NoResponseError(Exception):
@@ -57,29 +64,37 @@ def _read_words(parsed: dict[str, Any], body: bytes) -> str:
     return shorten(next(message for message in messages if isinstance(message, str))) or "nothing"
 
 
-def read_error(status: int, body: bytes) -> tuple[int, str, str] | None:
-    """Returns None for a success; otherwise the status, what the error is about, and the server's words.
+def check_status(status: int, body: bytes) -> None:
+    """Returns for a success; the status of an error may stand in the body of a status 200.
 
-    The status may stand in the body of a status 200. It is about the "prompt", a "setting", "credit" or the "server",
-    or "temporary".
+    Raises:
+        NoResponseError: an error about the prompt.
+        TemporaryError: one that a later try may not meet.
+        InputError: any other one.
     """
     parsed = _parse(body) if status >= 300 or b'"error"' in body else {}
     error = _fields(parsed.get("error"))
     if status < 300:
         status = error.get("code")
         if type(status) is not int or not 400 <= status < 600:
-            return None
+            return
     words = _read_words(parsed, body)
+    found = f"status {status} ({words})"
     marks = f"{error.get('code')} {error.get('type')} {words}"
+    expected = EXPECTED.get(status, "a response")
     if status in (400, 413, 422) or (status >= 500 and TOO_LONG.search(words)):
-        return status, "setting" if WRONG_SETTING.search(marks) else "prompt", words
-    if NO_CREDIT.search(marks):
-        return status, "credit", words
-    return status, "temporary" if status in (408, 409, 429) or status >= 500 else "server", words
+        if not WRONG_SETTING.search(marks):
+            raise NoResponseError("refused", found)
+        expected = "settings that it supports"
+    elif NO_CREDIT.search(marks):
+        expected = "an account with credit"
+    elif status in (408, 409, 429) or status >= 500:
+        raise TemporaryError(found)
+    raise InputError(f"found {found}, expected {expected}")
 
 
-def read_completion(body: bytes, stop_strings: tuple[str, ...]) -> tuple[str, Counter[str]]:
-    """Returns the text of a response without the reasoning and the role before it, and its counts.
+def read_completion(body: bytes, stop_strings: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Returns the text of a response without the reasoning and the role before it, and what is odd about it.
 
     A response is a text that ends with finish_reason `stop` or, at the largest number of tokens, `length`, and holds
     more than white space and reasoning, no token of a template and no secret. `stop_strings` are where it will be cut.
@@ -91,17 +106,15 @@ def read_completion(body: bytes, stop_strings: tuple[str, ...]) -> tuple[str, Co
         raise NoResponseError("too large", f"more than {MAX_BODY:,} bytes")
     parsed = _parse(body)
     choices = parsed.get("choices")
-    if parsed.get("error") or not isinstance(choices, list):
+    if parsed.get("error") or not choices or not isinstance(choices, list):
         reason = "error" if parsed.get("error") else "unreadable"
         raise NoResponseError(reason, f"expected the JSON of the OpenAI protocol, found {_read_words(parsed, body)}")
-    choice = _fields(choices[0] if choices else None)
+    choice = _fields(choices[0])
     message = _fields(choice.get("message", choice))
     finish_reason = choice.get("finish_reason")
     text = message.get("content", message.get("text"))
     if isinstance(text, list) and all(_fields(part).get("type") == "text" for part in text):
         text = "".join(str(part.get("text", "")) for part in text)
-    if not choices:
-        raise NoResponseError("no choices")
     if message.get("refusal"):
         raise NoResponseError("refusal", shorten(message["refusal"]))
     if message.get("tool_calls") or message.get("function_call"):
@@ -127,10 +140,4 @@ def read_completion(body: bytes, stop_strings: tuple[str, ...]) -> tuple[str, Co
         raise NoResponseError("token of a template", shorten(f"{token[0]} in {response}"))
     if any(secret in text for secret in secrets()):
         raise NoResponseError("secret", "the text holds a key or password of this machine")
-
-    usage = Counter(responses=1, truncated=finish_reason == "length", stripped=text != raw)
-    for name in ("prompt_tokens", "completion_tokens"):
-        count = _fields(parsed.get("usage")).get(name)
-        usage[name] = count if type(count) is int and 0 <= count < 2**31 else 0
-    usage["truncated_tokens"] = usage["completion_tokens"] * usage["truncated"]
-    return text, usage
+    return text, [TRUNCATED] * (finish_reason == "length") + [STRIPPED] * (text != raw)

@@ -38,20 +38,19 @@ class GuardedTrainer(Trainer):
         self._micro_batches: list[tuple[Tensor, list[str]]] = []  # of this step: loss, query ids
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Trains; the metrics get `weights_changed`, the share of a sample of the weights."""
+        """Trains; but for ZeRO-3 the metrics get `weights_changed`, the share of a sample of the weights."""
+        if is_deepspeed_zero3_enabled():  # each process has a part of some weights
+            return super().train(*args, **kwargs)
         before = self._sample_weights()
         output = super().train(*args, **kwargs)
-        if before.numel():
-            changed = output.metrics["weights_changed"] = (before != self._sample_weights()).double().mean().item()
-            if changed < MIN_WEIGHTS_CHANGED:
-                text = "only %.1f %% of the weights changed: steps of --learning_rate %g are lost in %s weights"
-                logger.warning(text, 100 * changed, self.args.learning_rate, str(self.model.dtype)[6:])
+        changed = output.metrics["weights_changed"] = (before != self._sample_weights()).double().mean().item()
+        if changed < MIN_WEIGHTS_CHANGED:
+            text = "only %.1f %% of the weights changed: steps of --learning_rate %g are lost in %s weights"
+            logger.warning(text, 100 * changed, self.args.learning_rate, str(self.model.dtype)[6:])
         return output
 
     def _sample_weights(self) -> Tensor:
-        """Up to 1,000 values of each weight but the embedding, of which a run sees few rows; none under ZeRO-3."""
-        if is_deepspeed_zero3_enabled():  # each process has a part of some
-            return torch.empty(0)
+        """Up to 1,000 values of each weight but the embedding, of which a run sees few rows."""
         embedding = self.model.get_input_embeddings().weight
         weights = [weight.detach().flatten() for weight in self.model.parameters() if weight is not embedding]
         return torch.cat([weight[:: math.ceil(len(weight) / 1000) or 1].float().cpu() for weight in weights])

@@ -10,8 +10,6 @@ import numpy as np
 from apo.cli import replacing, write_json
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -50,7 +48,6 @@ def save_calibration(output_dir: str, name: str, curves: dict[int, dict[str, np.
     """Writes the reliability diagrams of one evaluation set to `calibration_<name>.json` and `.png`.
 
     Args:
-        output_dir: folder of both files.
         name: of the evaluation set; `/` becomes `_`.
         curves: {number of bins: `trainer.calibration_curve`}.
     """
@@ -91,33 +88,4 @@ def plot_best_of_n(path: Path, rows: list[dict[str, Any]], pairs: list[dict[str,
     histogram.hist(sizes, bins=20, label=["chosen", "rejected"])
     histogram.set(xlabel="characters", ylabel="pairs", title="length")
     histogram.legend()
-    save_figure(path, figure)
-
-
-def plot_lengths_and_batching(
-    path: Path, lengths: dict[str, Sequence[int]], ratios: dict[str, dict[str, float]], max_length: int
-) -> None:
-    """Plots the lengths of the sequences of each file, and the tokens that each way of batching runs.
-
-    Args:
-        path: of the PNG.
-        lengths: file -> tokens of each sequence, before truncation.
-        ratios: file -> way of batching -> tokens run for each token of a sequence.
-        max_length: tokens that a sequence is cut to.
-    """
-    figure, (histogram, bars) = new_figure(2, width=5.5, height=3 + 0.5 * len(lengths))
-    bins = np.linspace(0, max(map(max, lengths.values()), default=1), 41)
-    for name, values in lengths.items():
-        weights = np.full(len(values), 1 / len(values))
-        histogram.hist(values, bins=bins, weights=weights, histtype="step", label=name)
-    histogram.axvline(max_length, color="grey", linestyle=":", label="max_length")
-    histogram.set(xlabel="tokens of a sequence, before truncation", ylabel="share", title="length")
-    histogram.legend(fontsize=7)
-    for offset, way in zip((0.25, 0, -0.25), ("tree", "padded", "reference"), strict=True):
-        bars.barh(np.arange(len(ratios)) - offset, [row[way] for row in ratios.values()], height=0.23, label=way)
-    bars.set_yticks(range(len(ratios)), list(ratios), fontsize=7)
-    bars.invert_yaxis()
-    bars.axvline(1, color="grey", linestyle=":")
-    bars.set(xlabel="tokens run per token of the sequences", title="batching")
-    bars.legend(fontsize=7)
     save_figure(path, figure)

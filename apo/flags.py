@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import sys
@@ -41,7 +40,7 @@ REFUSED = {
     "scoring is --task_type inference": "do_predict",
     "the run ends at the first loss that is not finite anyway": "debug",
     "untested here; give --deepspeed": "fsdp fsdp_config parallelism_config",
-    "its optimizers are untested here": "optim_target_modules",
+    "its optimizers are untested here": "optim_args optim_target_modules",
     "upload the output folder with `hf upload`": "push_to_hub hub_token hub_private_repo hub_model_id hub_revision "
     "hub_strategy hub_always_push",
     "every batch has another shape": "torch_compile torch_compile_backend torch_compile_mode",
@@ -88,20 +87,14 @@ def check_packages(args: TrainingArguments) -> None:
     if missing := set(args.report_to) - set(get_available_reporting_integrations()):
         raise InputError(f"--report_to {' '.join(missing)}: no such package is installed; install it, or give none")
     if args.do_train:
+        weight = torch.zeros(1)
         try:
-            plain = copy.copy(args)
-            plain.optim_args = None
-            built, without = (Trainer.get_optimizer_cls_and_kwargs(flags) for flags in (args, plain))
-            if args.optim_args and built == without:
-                raise ValueError("--optim_args has no effect with it")
-            weight = torch.zeros(1)
-            get_scheduler(
-                args.lr_scheduler_type, torch.optim.SGD([weight]), 1, 2, dict(args.lr_scheduler_kwargs or {})
-            )
+            Trainer.get_optimizer_cls_and_kwargs(args)
+            kwargs = dict(args.lr_scheduler_kwargs or {})
+            get_scheduler(args.lr_scheduler_type, torch.optim.SGD([weight]), 1, 2, kwargs)
             checkpoint(abs, weight, **{"use_reentrant": False, **(args.activation_checkpointing_kwargs or {})})
         except Exception as error:  # each optimizer and schedule has its own kind
-            names = f"--optim {args.optim.value}, --lr_scheduler_type {args.lr_scheduler_type.value}"
-            names += " or --activation_checkpointing_kwargs" * bool(args.activation_checkpointing_kwargs)
+            names = f"--optim {args.optim.value}, --lr_scheduler_type {args.lr_scheduler_type.value} or their kwargs"
             raise InputError(f"{names}: {' '.join(str(error).split())}") from error
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from apo.cli import InputError, describe_counts, first_few, locked
@@ -25,27 +25,21 @@ logger = logging.getLogger(__name__)
 class Decoding:
     """How responses are drawn; the names are those of transformers, and of the flags.
 
-    `temperature` 0 is greedy, `top_k` 0 all tokens, `top_p` 1 and `repetition_penalty` 1 are off.
+    `temperature` 0 is greedy, `top_k` 0 all tokens, `top_p` 1 and `repetition_penalty` 1 are off. The defaults are the
+    reference's for sampling, which names no top_k; the transformers of its time then took 50.
     """
 
-    num_samples: int
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    max_new_tokens: int
+    num_samples: int = 4
+    temperature: float = 1.2
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 256
 
 
-# The reference's settings. Its sampling names no top_k; the transformers of its time then took 50.
-DECODING = {
-    "sampling": Decoding(
-        num_samples=4, temperature=1.2, top_k=50, top_p=1.0, repetition_penalty=1.0, max_new_tokens=256
-    ),
-    "testing": Decoding(
-        num_samples=1, temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05, max_new_tokens=512
-    ),
-}
-LLAMA_2_CHAT_SAMPLING = replace(DECODING["sampling"], temperature=0.6, top_p=0.9)
+TESTING = Decoding(num_samples=1, temperature=0.3, top_k=5, top_p=0.85, repetition_penalty=1.05, max_new_tokens=512)
+DECODING = {"sampling": Decoding(), "testing": TESTING}  # the reference's
+LLAMA_2_CHAT_SAMPLING = Decoding(temperature=0.6, top_p=0.9)
 
 
 def derive_seed(seed: int, query_id: str, sample: int) -> int:
@@ -61,12 +55,13 @@ def derive_seed(seed: int, query_id: str, sample: int) -> int:
 class Engine(Protocol):
     """Generates responses.
 
-    `settings` are what the responses depend on, `notes` are only recorded, `share` are the prompts of this process,
-    `missing` counts those of them without a response, by the reason.
+    `settings` are what the responses depend on, `notes` are only recorded, `stop_strings` are where a text is cut,
+    `share` are the prompts of this process, `missing` counts those of them without a response, by the reason.
     """
 
     settings: dict[str, Any]
     notes: dict[str, Any]
+    stop_strings: tuple[str, ...]
     share: list[Prompt]
     missing: Counter[str]
 
@@ -77,26 +72,22 @@ class Engine(Protocol):
         """
 
 
-def load_finished(store: ResultStore, fields: list[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """Returns the responses that earlier runs kept, and those of a finished result, both by the key of the prompt."""
-    kept = store.load()  # before the result: the process that writes the result then deletes these
-    records = store.load_result() or []
-    written = {Prompt("", r["query_id"], r["query"]).key: [r[field] for field in fields] for r in records}
-    return kept, written
-
-
 def generate_responses(
-    store: ResultStore, prompts: list[Prompt], engine: Engine, *, fields: list[str], stop_strings: tuple[str, ...]
+    store: ResultStore, prompts: list[Prompt], engine: Engine, fields: list[str], *, may_miss: bool
 ) -> list[dict[str, str]] | None:
     """Generates the responses that earlier runs have not, and writes the records of all; see `complete_items`.
 
     Args:
         prompts: all prompts of the file.
         fields: the names of the responses in a record.
-        stop_strings: where a text is cut.
+        may_miss: whether prompts without responses are no error.
 
     Returns:
-        the records, see `make_records`; None if this run did not write them.
+        `{"query_id", "query", <field>: <response>, ...}` of the prompts that have responses, in order; None if this
+        run did not write them.
+
+    Raises:
+        InputError: no prompt has responses, or, after the result is written, one has none.
     """
 
     def work(todo: dict[str, Prompt], keep: Keep) -> None:
@@ -104,55 +95,43 @@ def generate_responses(
 
         def trim_and_keep(prompt: Prompt, texts: list[str]) -> None:
             nonlocal num_cut
-            num_cut += count_cuts(texts, stop_strings)
-            keep(prompt.key, [format_response(text, stop_strings) for text in texts])
+            num_cut += count_cuts(texts, engine.stop_strings)
+            keep(prompt.key, [format_response(text, engine.stop_strings) for text in texts])
 
         engine.generate(list(todo.values()), trim_and_keep)
         if num_cut:
             logger.info("%d responses cut where they continue as the user", num_cut)
 
+    def make_records(responses: dict[str, list[str]]) -> list[dict[str, str]]:
+        left_out = [prompt.query_id for prompt in prompts if prompt.key not in responses]
+        words = f"{describe_counts(engine.missing, 'prompts without a response')}, the same command asks again"
+        if len(left_out) == len(prompts):
+            raise InputError(f"{words}; expected a response to at least one")
+        if left_out:
+            logger.warning("%s; left out: %s", words, first_few(left_out))
+        return [
+            {"query_id": prompt.query_id, "query": prompt.query, **dict(zip(fields, texts, strict=True))}
+            for prompt in prompts
+            if (texts := responses.get(prompt.key))
+        ]
+
     with locked(store.lock_path, wait=False):
-        kept, written = load_finished(store, fields)
-        if list(written) == [prompt.key for prompt in prompts]:
-            logger.info("%s already exists, with these settings; delete it to start again", store.result_path)
-            return None
-        return complete_items(
+        kept = store.load()  # before the result: the process that writes the result then deletes these
+        written = {
+            Prompt("", record["query_id"], record["query"]).key: [record[field] for field in fields]
+            for record in store.load_result() or []
+        }
+        records = complete_items(
             store,
             {prompt.key: prompt for prompt in prompts},
             written | kept,
             work,
-            lambda responses: make_records(prompts, responses, fields, engine.missing),
+            make_records,
             noun="prompts",
             share=[prompt.key for prompt in engine.share],
             progress=process_rank() == 0,
         )
-
-
-def make_records(
-    prompts: list[Prompt], responses: dict[str, list[str]], fields: list[str], missing: Counter[str]
-) -> list[dict[str, str]]:
-    """Returns `{"query_id", "query", <field>: <response>, ...}` of the prompts that have responses, in order.
-
-    The others are logged, with their numbers by the reason.
-
-    Raises:
-        InputError: no prompt has responses.
-    """
-    left_out = [prompt.query_id for prompt in prompts if prompt.key not in responses]
-    words = f"{describe_counts(missing, 'prompts without a response')}, the same command asks again"
-    if len(left_out) == len(prompts):
-        raise InputError(f"{words}; expected a response to at least one")
-    if left_out:
-        logger.warning("%s; left out: %s", words, first_few(left_out))
-    return [
-        {"query_id": prompt.query_id, "query": prompt.query} | dict(zip(fields, responses[prompt.key], strict=True))
-        for prompt in prompts
-        if prompt.key in responses
-    ]
-
-
-def check_complete(records: list[dict[str, str]], prompts: list[Prompt], may_miss: bool) -> None:
-    """Raises an InputError, after the result is written, if it lacks prompts and nobody allowed that."""
-    if len(records) < len(prompts) and not may_miss:
-        num = len(prompts) - len(records)
-        raise InputError(f"{num} of {len(prompts)} prompts have no response; start again, or allow it: --skip_refused")
+    if records is not None and len(records) < len(prompts) and not may_miss:
+        found = f"{len(prompts) - len(records)} of {len(prompts)} prompts have no response"
+        raise InputError(f"{found}; start again, or allow it: --skip_refused")
+    return records

@@ -9,7 +9,6 @@ import glob
 import logging
 import os
 import signal
-import socket
 import sys
 import time
 import warnings
@@ -26,11 +25,6 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def local_rank() -> int:
-    """Number of this process among those of its machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
 def count_processes() -> int:
     """Number of processes that the launcher started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -38,10 +32,8 @@ def count_processes() -> int:
 
 def setup_logging() -> None:
     """Logs from the main process only, at the level that the environment variable LOG_LEVEL names (default: INFO)."""
-    level = logging.getLevelName(os.environ.get("LOG_LEVEL", "INFO").upper())
-    if not isinstance(level, int):  # not the name of a level
-        level = logging.INFO
-    level = level if process_rank() == 0 else logging.ERROR
+    level = logging.getLevelName("ERROR" if process_rank() else os.environ.get("LOG_LEVEL", "").upper())
+    level = level if isinstance(level, int) else logging.INFO  # not the name of a level
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     for name in ("httpx", "DeepSpeed", "filelock", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -52,17 +44,10 @@ def setup_logging() -> None:
 
 
 def set_ranks_of_one_process() -> None:
-    """Gives DeepSpeed the ranks that a launcher sets: a plain `python` start is a run of one process.
-
-    The port is a free one, so that several runs fit on one machine.
-    """
-    if "RANK" in os.environ:
-        return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    os.environ["MASTER_PORT"] = str(port)
+    """Gives DeepSpeed the ranks that a launcher sets: a plain `python` start is a run of one process."""
+    if "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = "0"  # a free one, so that several runs fit on one machine
 
 
 def prepare_deepspeed(device_type: str) -> None:
@@ -70,6 +55,7 @@ def prepare_deepspeed(device_type: str) -> None:
     # Another `ninja` earlier on the path would compile everything anew, and an environment need not be activated.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
     remove_stale_build_locks()
+    import deepspeed
     import torch
     from deepspeed.runtime.fp16 import loss_scaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -80,8 +66,6 @@ def prepare_deepspeed(device_type: str) -> None:
     allowed = [loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum, fragment_address]
     torch.serialization.add_safe_globals(allowed)
     if device_type == "cpu":
-        import deepspeed
-
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 

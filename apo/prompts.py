@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from apo.cli import BadField, describe, raise_bad_records
 
-TEMPLATES = ("plain", "llama-2-chat", "chat")
 ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 REASONING_TAGS = [rf"(?:<{slash}(?:seed:)?(?i:think|thinking)>|\[{slash}THINK\])" for slash in ("", "/")]
 REASONING_TAG = re.compile(REASONING_TAGS[0])
@@ -85,6 +84,9 @@ def llama_2_chat_text(query: str) -> str:
     return text
 
 
+TEMPLATES = {"plain": str, "llama-2-chat": llama_2_chat_text, "chat": chat_messages}
+
+
 def render_prompts(path: str, prompts: list[Prompt], template: str) -> list[str | list[dict[str, str]]]:
     """Returns the input of the model for each prompt, in order.
 
@@ -93,11 +95,10 @@ def render_prompts(path: str, prompts: list[Prompt], template: str) -> list[str 
     Raises:
         InputError: dialogues that cannot become a chat; `path` is the file that it names.
     """
-    render = {"plain": str, "llama-2-chat": llama_2_chat_text, "chat": chat_messages}[template]
     rendered, problems = [], []
     for prompt in prompts:
         try:
-            rendered.append(render(prompt.query))
+            rendered.append(TEMPLATES[template](prompt.query))
         except BadField as error:
             problems.append(f"{prompt.place}: {error}")
     raise_bad_records(path, problems)

@@ -9,13 +9,12 @@ records, plain or conversational, are read as text-scores records of two respons
 
 A **query** record holds responses without scores: `{"query_id", "query", "sample_0": "<response>", ...}` (sampled) or
 `{"query_id", "query", "golden": "<response>"}` (golden). **Rewards** are `{"<query_id>:<response key>": reward}`.
-A field that is null is absent; one that nothing reads is named in `PreferenceRecord.passed_over`.
+A field that is null is absent; one that nothing reads is named in `PreferenceRecord.remarks`.
 """
 
 from __future__ import annotations
 
 import codecs
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -27,8 +26,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
-
-import orjson
 
 from apo.cli import BadField, InputError, describe, raise_bad_records
 from apo.prompts import DOUBTS, REASONING_TAG, ROLES, Prompt, find_doubts, normalize_space
@@ -51,28 +48,24 @@ T = TypeVar("T")
 Parser = Callable[[dict[str, Any], str], T]  # (record, id to use if it has none) -> result; raises `BadField`
 
 
-def iter_records(path: str | Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def iter_records(path: str | Path) -> Iterator[tuple[str, Any]]:
     """Reads a JSON list, JSON lines (both also as `.gz`) or a `.parquet` file. Only a JSON list is read at once.
 
     Yields:
         (place, record) in file order; the place is "record 3" (counted from 1), or "line 3" for JSON lines.
 
     Raises:
-        InputError: no such file, empty or broken (with the position); at the end, if a record is not a JSON object.
+        InputError: no such file, empty or broken (with the position).
     """
     path = Path(path)
-    if not path.is_file() or path.suffix in (".csv", ".tsv"):
-        found = "found a folder" if path.is_dir() else "found a table as text" if path.is_file() else "no such file"
+    if not path.is_file():
+        found = "found a folder" if path.is_dir() else "no such file"
         raise InputError(f"{path}: {found}; give the path of an existing .json, .jsonl, .gz or .parquet file")
-    place, problems = None, []
+    place = None
     for place, record in _iter_parquet(path) if path.suffix == ".parquet" else _iter_json(path):
-        if isinstance(record, dict):
-            yield place, record
-        else:
-            problems.append(f"{place}: found {describe(record)}, expected an object")
+        yield place, record
     if place is None:
         raise InputError(f"{path}: the file is empty or holds no records; expected at least one")
-    raise_bad_records(path, problems)
 
 
 def _iter_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -104,13 +97,10 @@ def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _decode_json(path: Path, data: bytes, first_line: int = 1) -> Any:
     """Decodes JSON; `first_line` is the line of the file at which `data` starts, for the message."""
-    with contextlib.suppress(orjson.JSONDecodeError, RecursionError):
-        value = orjson.loads(data)  # in half the memory of json, which decodes all text first
-        num_keys = data.count(b'":') + data.count(b'" :') - data.count(b'\\":') - data.count(b'\\" :')
-        if num_keys == _count_keys(value):  # a quote within a text is escaped
-            return value
-    try:  # json also reads byte order marks and NaN, shows a key that comes twice, and its errors give the line
-        return json.loads(data.decode("utf-8-sig"), object_pairs_hook=_make_object)
+    try:
+        text = data.decode("utf-8-sig")
+        del data  # a long list needs the memory
+        return JSON_DECODER.decode(text)
     except UnicodeDecodeError as error:
         line = first_line + error.object.count(b"\n", 0, error.start)
         problem = f"line {line} cannot be read as UTF-8 ({error})"
@@ -121,16 +111,16 @@ def _decode_json(path: Path, data: bytes, first_line: int = 1) -> Any:
     raise InputError(f"{path}: {problem}; expected a JSON list of records, or one record per line")
 
 
-def _count_keys(value: Any) -> int:
-    if isinstance(value, dict):
-        return len(value) + sum(map(_count_keys, value.values()))
-    return sum(map(_count_keys, value)) if isinstance(value, list) else 0
-
-
 def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Makes an object of JSON; a key that comes twice gets a value that no field may have."""
-    counts = Counter(key for key, _ in pairs)
-    return {key: {"two values under one key": None} if counts[key] > 1 else value for key, value in pairs}
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        record |= {key: {"two values under one key": None} for key in record if counts[key] > 1}
+    return record
+
+
+JSON_DECODER = json.JSONDecoder(object_pairs_hook=_make_object)
 
 
 @dataclasses.dataclass(slots=True)
@@ -144,51 +134,47 @@ class PreferenceRecord:
     response_keys: list[str]
     is_apo: bool = False
     place: str = ""  # "record 3" or "line 3" of its file
-    passed_over: list[str] = dataclasses.field(default_factory=list)  # fields that hold something and are not read
-    doubts: list[str] = dataclasses.field(default_factory=list)  # keys of `DOUBTS`
+    remarks: list[str] = dataclasses.field(default_factory=list)  # fields that are not read, and keys of `DOUBTS`
 
 
-def warn_of_fields(path: str | Path, passed_over: Iterable[list[str]], doubts: Iterable[list[str]] = ()) -> None:
-    """Logs the fields of a file that nothing reads, and the doubts, with the number of records."""
-    if fields := Counter(name for names in passed_over for name in names):
-        found = ", ".join(f"{name} ({count})" for name, count in fields.items())
-        if prompts := ", ".join(filter(PROMPT_FIELD.fullmatch, fields)):
-            found += f"; put {prompts} into the prompt if the model should read it"
-        logger.warning("%s: fields passed over, with the number of records: %s", path, found)
-    if counts := Counter(name for names in doubts for name in names):
-        logger.warning("%s: %s", path, "; ".join(f"{DOUBTS[name]} ({count})" for name, count in counts.items()))
+def log_remarks(path: str | Path, remarks: Iterable[list[str]]) -> None:
+    """Logs the remarks on the records of a file in one warning, with the number of records."""
+    if counts := Counter(remark for found in remarks for remark in found):
+        text = "; ".join(f"{DOUBTS.get(remark, remark)} ({count})" for remark, count in counts.items())
+        logger.warning("%s: number of records with: %s", path, text)
 
 
-def iter_parsed(path: str | Path, parse: Parser[T]) -> Iterator[tuple[str, T | BadField]]:
-    """Yields (place, result) for each record of a file; for a bad one (place, `BadField`), and continues."""
-    for index, (place, raw) in enumerate(iter_records(path)):
-        try:
-            result = parse(raw, str(index))
-        except BadField as error:
-            result = error
-        yield place, result
+def iter_valid(
+    path: str | Path, parse: Parser[T], *, unique_ids: bool = False, problems: list[str] | None = None
+) -> Iterator[tuple[str, T]]:
+    """Yields (place, result) of each record until the first bad one.
 
-
-def iter_valid(path: str | Path, parse: Parser[T], unique_ids: bool = False) -> Iterator[tuple[str, T]]:
-    """Yields (place, result) until the first bad record; with `unique_ids`, a repeated `query_id` is bad.
+    Args:
+        path: see `iter_records`.
+        unique_ids: whether a repeated `query_id` is bad.
+        problems: gets the place, field, found and expected of each bad record; with it good ones after a bad one are
+            yielded too, and bad ones are no error.
 
     Raises:
-        InputError: at the end of the file, one line that counts all bad records and shows the first five with place,
-            field, found, expected; if some are not JSON objects, those alone.
+        InputError: at the end of the file, one line that counts all bad records and shows the first five.
     """
-    problems: list[str] = []
+    bad = [] if problems is None else problems
     first_places: dict[str, str] = {}
-    for place, result in iter_parsed(path, parse):
-        if unique_ids and not isinstance(result, BadField):
-            first = first_places.setdefault(result.query_id, place)
-            if first != place:
-                found = f"{describe(result.query_id)}, which {first} has too"
-                result = BadField("query_id", found, "one record per id")
-        if isinstance(result, BadField):
-            problems.append(f"{place}: {result}")
-        elif not problems:
+    for index, (place, raw) in enumerate(iter_records(path)):
+        if not isinstance(raw, dict):
+            bad.append(f"{place}: found {describe(raw)}, expected an object")
+            continue
+        try:
+            result = parse(raw, str(index))
+            if unique_ids and (first := first_places.setdefault(result.query_id, place)) != place:
+                raise BadField("query_id", f"{describe(result.query_id)}, which {first} has too", "one record per id")
+        except BadField as error:
+            bad.append(f"{place}: {error}")
+            continue
+        if problems is not None or not bad:
             yield place, result
-    raise_bad_records(path, problems)
+    if problems is None:
+        raise_bad_records(path, bad)
 
 
 def iter_preference_data(
@@ -207,7 +193,7 @@ def iter_preference_data(
 def load_preference_data(path: str | Path, kind: str, add_sep_token: bool = False) -> list[PreferenceRecord]:
     """Reads and validates a whole file, with its warnings; see `iter_preference_data`."""
     records = list(iter_preference_data(path, kind, add_sep_token))
-    warn_of_fields(path, (r.passed_over for r in records), (r.doubts for r in records))
+    log_remarks(path, (record.remarks for record in records))
     return records
 
 
@@ -219,18 +205,18 @@ def load_prompts(path: str | Path, data_type: str | None = None) -> list[Prompt]
         data_type: `comparison_pair` (the prompt is the text before `<sep>`) or `reject_sample` (records with a
             `query`; id and responses are optional); None: the kind of the first record.
     """
-    kind = data_type
 
     def parse(raw: dict[str, Any], default_id: str) -> PreferenceRecord:
-        nonlocal kind
-        kind = kind or record_kind(raw)
-        record = parse_record(raw, default_id, kind=kind if kind == "comparison_pair" else "query")
+        nonlocal data_type
+        data_type = data_type or record_kind(raw)
+        kind = "comparison_pair" if data_type == "comparison_pair" else "query"
+        record = parse_record(raw, default_id, kind=kind)
         if not record.prompts[0].strip():
             raise BadField("text" if "text" in raw else "prompt", "no prompt", f"one, in a text before {SEPARATOR}")
         return record
 
     placed = list(iter_valid(path, parse, unique_ids=True))
-    warn_of_fields(path, (record.passed_over for _, record in placed))
+    log_remarks(path, (record.remarks for _, record in placed))
     return [Prompt(place, record.query_id, record.prompts[0]) for place, record in placed]
 
 
@@ -242,10 +228,6 @@ def load_rewards(path: str | Path) -> dict[str, float]:
             raise InputError(f"{path}: {place}: {BadField(min(repeated), 'a second reward', 'one per response')}")
         rewards |= new
     return rewards
-
-
-def _without_nulls(raw: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in raw.items() if value is not None or RESPONSE_KEY.fullmatch(key)}
 
 
 def record_kind(raw: dict[str, Any]) -> str:
@@ -283,7 +265,7 @@ def parse_record(
         response_keys: see `find_response_keys`; for `reject_sample`.
     """
     assert kind in (*DATA_TYPES, "golden", "sampled", "query"), kind
-    raw = _without_nulls(raw)
+    raw = {key: value for key, value in raw.items() if value is not None or RESPONSE_KEY.fullmatch(key)}
     if kind == "comparison_pair":
         return _parse_preference(raw, default_id, add_sep_token)
     query_id, query = _require_query_id(raw, default_id if kind == "query" else None), _require_text(raw, "query")
@@ -293,8 +275,8 @@ def parse_record(
     keys = keys[kind] if kind in keys else find_response_keys(raw, response_keys, kind == "sampled")
     responses = [_check_unicode(key, _require(raw, key, "a string", str)) for key in keys]
     record = PreferenceRecord([query] * max(len(keys), 1), responses, [0.0] * len(keys), query_id, keys)
-    record.passed_over = _passed_over(raw, ["query", "golden", *keys, *filter(RESPONSE_KEY.fullmatch, raw)])
-    record.doubts = ["reasoning_in_responses"] * any(map(REASONING_TAG.search, responses))
+    record.remarks = _passed_over(raw, ["query", "golden", *keys, *filter(RESPONSE_KEY.fullmatch, raw)])
+    record.remarks += ["reasoning_in_responses"] * any(map(REASONING_TAG.search, responses))
     return record
 
 
@@ -312,17 +294,19 @@ def _parse_preference(raw: dict[str, Any], default_id: str, add_sep_token: bool)
     if kind not in ("apo", "human"):
         raise BadField("type", describe(kind), '"apo" (golden over sampled), "human", or no such field')
     record = PreferenceRecord(prompts, responses, scores, _require_query_id(raw, default_id), keys, kind == "apo")
-    record.passed_over = _passed_over(raw, ["type", *(("prompt", *SIDES) if sides else ("text", "scores"))])
-    record.doubts = find_doubts(prompts[0], responses, scores)
+    record.remarks = _passed_over(raw, ["type", *(("prompt", *SIDES) if sides else ("text", "scores"))])
+    record.remarks += find_doubts(prompts[0], responses, scores)
     return record
 
 
 def _passed_over(raw: dict[str, Any], known: list[str]) -> list[str]:
-    """Returns the fields of a record and of its messages that hold something and are not read."""
+    """Names the fields of a record and of its messages that hold something and are not read."""
     rest = {key: value for key, value in raw.items() if key not in known and key != "query_id"}
     for field in (field for field in known if field in ("prompt", *SIDES) and isinstance(raw.get(field), list)):
         rest |= {f"{field}[].{k}": m[k] for m in raw[field] for k in m if k not in ("role", "content")}
-    return [key for key, value in rest.items() if value not in (None, "", [], {})]
+    advice = ", which the model could read as a part of the prompt"
+    names = [key for key, value in rest.items() if value not in (None, "", [], {})]
+    return [f"field {name} passed over{advice if PROMPT_FIELD.fullmatch(name) else ''}" for name in names]
 
 
 def _split_text_scores(raw: dict[str, Any], add_sep_token: bool) -> tuple[dict[str, tuple[str, str]], list[float]]:

@@ -13,8 +13,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from apo.cli import InputError, first_few, sha256_of_file, write_json
-from apo.run_state import read_json_object
+from apo.cli import InputError, first_few, read_json, sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +33,23 @@ def model_version(path: str, commit: str | None) -> str | None:
 
 def read_recorded(result_path: Path) -> dict[str, Any]:
     """Returns what a result was made from, as its settings file records it; empty where that cannot be read."""
-    return read_json_object(result_path.with_suffix(".settings.json"))
+    return read_json(result_path.with_suffix(".settings.json"))
 
 
 def refuse_overwriting(data_path: str | Path, result_path: Path) -> None:
-    """Raises an InputError for a result that would replace the data it is made from."""
-    if Path(data_path).resolve() == result_path.resolve():
-        raise InputError(f"{result_path}: found the data to read where the result goes, expected another file for it")
+    """Raises an InputError for a result that would replace a folder, or the data it is made from."""
+    found = "a folder" if result_path.is_dir() else "the data to read"
+    if result_path.is_dir() or Path(data_path).resolve() == result_path.resolve():
+        raise InputError(f"{result_path}: found {found} where the result goes, expected another file for it")
 
 
 class ResultStore:
     """The finished items of a result, on disk.
 
     An item is a key and its values: a prompt's key and its responses, or the number of a batch and its rewards. Every
-    process appends to its own file, `<result>.<fingerprint>.rank<i>.partial.jsonl`, one `[key, values]` a line. The
-    fingerprint is a hash of the settings, so that items of different settings never mix. All that the values depend on
-    is in the settings or in the key. Notes, such as a server's address, are recorded too; a changed note is a warning.
+    process appends to its own file, `<result>.<fingerprint>.rank<i>.partial.jsonl`, one `[key, values, notes]` a line.
+    The fingerprint is a hash of the settings, so that items of different settings never mix. What the values depend on
+    is in the settings or in the key. Notes, such as a server's address, are kept too; a changed one is a warning.
     """
 
     def __init__(
@@ -61,29 +61,26 @@ class ResultStore:
         self.fingerprint = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self._own_path = result_path.with_suffix(f".{self.fingerprint}.rank{rank}.partial.jsonl")
         self.lock_path = result_path.with_suffix(f".rank{rank}")  # to hold from `load` to `finish`
-        self._file: Any = None
 
-    def _partial_paths(self, fingerprint: str) -> list[Path]:
+    def find_partial(self, fingerprint: str) -> list[Path]:
+        """The files of the items of all processes; "*" for those of all settings."""
         name = f"{glob.escape(self.result_path.stem)}.{fingerprint}.rank*.partial.jsonl"
         return sorted(self.result_path.parent.glob(name))
 
     def load(self) -> dict[str, list[Any]]:
         """Reads the items that all processes of this and earlier runs kept; incomplete lines are skipped."""
-        lines: list[bytes] = []
-        for path in self._partial_paths(self.fingerprint):
-            with contextlib.suppress(FileNotFoundError):  # another process has written the result in the meantime
-                lines += path.read_bytes().split(b"\n")
         items: dict[str, list[Any]] = {}
         notes: dict[str, Any] = {}
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                parsed = json.loads(line)
-                if isinstance(parsed, dict):
-                    notes |= parsed
-                else:
-                    items[parsed[0]] = parsed[1]
-        if items:
-            self._warn_of_changed(notes)
+        for path in self.find_partial(self.fingerprint):
+            lines = []
+            with contextlib.suppress(FileNotFoundError):  # another process has written the result in the meantime
+                lines = path.read_bytes().split(b"\n")
+            for line in lines:
+                with contextlib.suppress(ValueError):
+                    key, values, kept_notes = json.loads(line)
+                    items[key] = values
+                    notes |= kept_notes
+        self._warn_of_changed(notes)
         return items
 
     def load_result(self) -> list[dict[str, Any]] | None:
@@ -99,51 +96,16 @@ class ResultStore:
             if recorded.get(name, value) != value:
                 logger.warning("%s was %s for what is kept, and is %s now", name, recorded[name], value)
 
-    def log_state(self, num_done: int, num_items: int, noun: str) -> None:
-        """Logs what earlier runs have done, and the partial files of other settings."""
-        if num_done:
-            logger.info("%d of %d %s were done before", num_done, num_items, noun)
-        others = set(self._partial_paths("*")) - set(self._partial_paths(self.fingerprint))
-        if others:
-            logger.info("not used, other settings: %s", first_few(sorted(path.name for path in others)))
-
-    def open(self) -> None:
-        """Opens the file of this process, so that a bad path is an error before the work.
-
-        Raises:
-            InputError: nothing can be written there.
-        """
-        try:
-            if self.result_path.is_dir():
-                raise IsADirectoryError(None, "a folder of that name exists")
-            self._file = open(self._own_path, "ab")  # noqa: SIM115  closed by close()
-        except OSError as error:
-            expected = "expected a place for the result and for files beside it"
-            raise InputError(f"{self.result_path}: cannot be written ({error.strerror}), {expected}") from error
-        self._file.write(b"\n" * (self._file.tell() > 0))  # ends an incomplete line
-        if self.notes:
-            self._write(self.notes)
-
     def append(self, key: str, values: list[Any]) -> None:
-        """Keeps an item; call it after `open`."""
-        self._write([key, values])
-
-    def _write(self, line: Any) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file of this process; only then do processes on other machines see all of it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Keeps an item. Its line break comes first, and so ends the incomplete line of a process that was killed."""
+        with open(self._own_path, "ab") as file:
+            file.write(b"\n" + json.dumps([key, values, self.notes]).encode())
 
     def finish(self, records: list[dict[str, Any]]) -> None:
         """Writes the result, then its settings, then deletes the partial files; several processes may do this."""
-        self.close()
         write_json(self.result_path, records)
         write_json(self.result_path.with_suffix(".settings.json"), {**self._record(), **self.notes})
-        for path in self._partial_paths(self.fingerprint):
+        for path in self.find_partial(self.fingerprint):
             path.unlink(missing_ok=True)
 
     def _record(self) -> dict[str, Any]:
@@ -179,9 +141,10 @@ def complete_items(
     """
     share = items.keys() if share is None else share
     todo = {key: items[key] for key in share if key not in done}
-    store.log_state(sum(key in done for key in items), len(items), noun)
-    if todo:
-        store.open()
+    if num_done := sum(key in done for key in items):
+        logger.info("%d of %d %s were done before", num_done, len(items), noun)
+    if others := set(store.find_partial("*")) - set(store.find_partial(store.fingerprint)):
+        logger.info("not used, other settings: %s", first_few(sorted(path.name for path in others)))
     with tqdm(total=len(share), initial=len(share) - len(todo), unit=noun, disable=not (todo and progress)) as bar:
 
         def keep(key: str, values: list[Any]) -> None:
@@ -189,7 +152,6 @@ def complete_items(
             bar.update()
 
         work(todo, keep)
-    store.close()
     done = done | store.load()
     if not items.keys() - share <= done.keys():
         if store.load_result() is None:

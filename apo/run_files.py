@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -11,23 +10,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from apo.cli import InputError, describe, replacing, sha256_of_file, write_json
-from apo.run_state import read_json_object
+from apo.cli import InputError, read_json, replacing, sha256_of_file, write_json
 from apo.statistics import wilson_interval
 
 PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
 MARKDOWN_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", "\n": " ", "\r": " "} | {c: f"\\{c}" for c in "\\`|*["})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads the JSON object in a file that a run wrote; anything else is an `InputError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: broken JSON ({error}); expected a file that train.py wrote") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: found {describe(value)}, expected an object, as train.py wrote it")
-    return value
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int = 1) -> str:
@@ -87,15 +74,17 @@ def write_manifest(output_dir: str, arguments: dict[str, Any], data_paths: list[
         **{name: arguments.get(name) for name in ("task_type", "model_name_or_path")},
     }
     path = Path(output_dir) / "manifest.json"
-    earlier = read_json(path) if path.is_file() else {"runs": []}
-    write_json(path, {**manifest, "runs": [*earlier.get("runs", [earlier]), manifest]})
+    earlier = read_json(path)
+    if path.is_file() and not earlier:
+        raise InputError(f"{path}: found no JSON object; restore it, or delete it and the history of the folder")
+    write_json(path, {**manifest, "runs": [*earlier.get("runs", [earlier] if earlier else []), manifest]})
 
 
 def write_results(output_dir: str, split: str, metrics: dict[str, Any]) -> None:
     """Writes `<split>_results.json` and merges it into `all_results.json`."""
     write_json(Path(output_dir) / f"{split}_results.json", metrics)
     combined = Path(output_dir) / "all_results.json"
-    earlier = read_json_object(combined)
+    earlier = read_json(combined)
     earlier.pop("reward_head", None)  # a mark on the results of an earlier model
     write_json(combined, {**earlier, **metrics})
 

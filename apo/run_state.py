@@ -11,23 +11,22 @@ import json
 import logging
 import os
 import shutil
-import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from apo.cli import InputError, first_few, locked, mask_secrets, refuse, sha256_of_file, write_json
+from apo.cli import InputError, first_few, locked, mask_secrets, read_json, refuse, sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
 
 STATE, CONTENTS = "run_state.json", "contents.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-# Flags on which no weight depends: what is logged, evaluated, saved and shown, and how data reach the device.
+# How the flags begin on which no weight depends: what is logged, evaluated, saved, and how data reach the device.
 NO_WEIGHT_DEPENDS_ON = (
     *("output_dir", "log", "disable_tqdm", "report_to", "run_name", "project", "trackio", "eval", "per_device_eval"),
-    *("prediction_loss_only", "include_", "batch_eval", "save_", "enable_jit", "push_", "hub_", "do_", "resume_"),
-    *("local_rank", "rm_calibration", "calibration_bins", "skip_memory", "dataloader_num_workers", "dataloader_p"),
-    *("dataloader_multi", "ddp_timeout", "torch_empty_cache", "use_cpu", "allow_changes", "debug"),
+    *("include_", "save_", "do_", "resume_", "local_rank", "rm_calibration", "calibration_bins", "skip_memory"),
+    *("dataloader_num_workers", "dataloader_p", "dataloader_multi", "ddp_timeout", "torch_empty_cache", "use_cpu"),
+    "allow_changes",
 )
 
 
@@ -43,7 +42,7 @@ def weights_depend_on(
         more: other things, such as the version of the base model.
     """
     flags = {name: value for name, value in arguments.items() if not name.startswith(NO_WEIGHT_DEPENDS_ON)}
-    flags |= {"debug_mode": arguments["debug_mode"], "train_data": [sha256_of_file(path) for path in data_paths]}
+    flags["train_data"] = [sha256_of_file(path) for path in data_paths]
     if arguments["deepspeed"]:  # only its content counts
         flags["deepspeed"] = json.loads(Path(arguments["deepspeed"]).read_text(encoding="utf-8"))
     if arguments["load_best_model_at_end"]:
@@ -56,15 +55,6 @@ def describe_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) ->
     """Names what differs, with both values: "learning_rate 0.001, now 0.01"; an empty string if nothing does."""
     changed = [name for name in {**recorded, **current} if recorded.get(name) != current.get(name)]
     return first_few([f"{name} {recorded.get(name)}, now {current.get(name)}" for name in changed])
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file; an empty one if there is none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def record_checkpoint(folder: Path, depends_on: Mapping[str, Any]) -> None:
@@ -83,12 +73,9 @@ def find_fault(folder: str | Path, patterns: tuple[str, ...] = ("*",)) -> str:
     Args:
         patterns: of the names to compare. A folder without a record has no fault, unless all files are asked for.
     """
-    recorded = read_json_object(Path(folder, CONTENTS)) or read_json_object(Path(folder, STATE))
-    files, is_checkpoint = recorded.get("files"), patterns == ("*",)
-    if not isinstance(files, dict) or not isinstance(recorded.get("depends_on"), dict):
-        return f"it is incomplete (no {CONTENTS})" if is_checkpoint else ""
-    if is_checkpoint and not any(name.startswith(("optimizer", "global_step")) for name in files):
-        return "it has no state of the optimizer (--save_only_model)"
+    files = (read_json(Path(folder, CONTENTS)) or read_json(Path(folder, STATE))).get("files")
+    if not isinstance(files, dict):
+        return f"it is incomplete (no {CONTENTS})" if patterns == ("*",) else ""
     for name, sha256 in files.items():
         path = Path(folder, name)
         if any(path.match(pattern) for pattern in patterns):
@@ -103,7 +90,7 @@ def check_weights(folder: str | Path) -> None:
     """Refuses weights whose bytes are not those that were saved; warns of those of a run that has not finished."""
     if fault := find_fault(folder, WEIGHTS):
         raise InputError(f"{folder}: {fault}; restore the file, or train again")
-    recorded = read_json_object(Path(folder, STATE))
+    recorded = read_json(Path(folder, STATE))
     state = recorded.get("state", "finished")
     if state != "finished" and recorded.get("pid") != os.getpid():
         logger.warning("%s: the run that writes here has not finished (%s)", folder, state)
@@ -123,31 +110,28 @@ def choose_start(
         InputError: a new run into the checkpoints of another, a damaged checkpoint, or one of other data or flags.
     """
     checkpoints = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdecimal()]
-    # The newest of this run is last; others may be of a run that this one left with --allow_changes.
-    origins = {path: read_json_object(path / CONTENTS).get("depends_on") for path in checkpoints}
-    checkpoints.sort(key=lambda path: (origins[path] in (None, depends_on), int(path.name[11:])))
+    # Newest first; those of another run, which this one left with --allow_changes, come last.
+    origins = {path: read_json(path / CONTENTS).get("depends_on") for path in checkpoints}
+    checkpoints.sort(key=lambda path: (origins[path] in (None, depends_on), int(path.name[11:])), reverse=True)
     resume = str(resume or "false")
     if resume.lower() == "false":
-        if checkpoints:
-            raise InputError(
-                f"{output_dir} holds checkpoints of an earlier run ({checkpoints[-1].name}); choose another "
-                "--output_dir, delete them, or resume with --resume_from_checkpoint true"
-            )
-        return None
-    if resume.lower() == "true":
-        if checkpoints and not Path(output_dir, STATE).is_file() and not any(origins.values()):
-            raise InputError(f"{output_dir}: its checkpoints are of an earlier version; choose another --output_dir")
-        while checkpoints and (fault := find_fault(checkpoints[-1])):
-            logger.warning("%s is skipped: %s", checkpoints.pop(), fault)
         if not checkpoints:
-            logger.info("%s has no whole checkpoint: training starts from the beginning", output_dir)
             return None
-        checkpoint = checkpoints[-1]
-    elif fault := find_fault(checkpoint := Path(resume)):
-        raise InputError(f"--resume_from_checkpoint {resume}: {fault}; expected a checkpoint-N that train.py wrote")
-    if changes := describe_changes(read_json_object(checkpoint / CONTENTS)["depends_on"], depends_on):
-        refuse(f"{checkpoint} was trained with {changes}; give the same, or another --output_dir", allow_changes)
-    return str(checkpoint)
+        advice = "choose another --output_dir, delete them, or resume with --resume_from_checkpoint true"
+        raise InputError(f"{output_dir} holds checkpoints of an earlier run ({checkpoints[0].name}); {advice}")
+    for checkpoint in checkpoints if resume.lower() == "true" else [Path(resume)]:
+        fault = find_fault(checkpoint)
+        if not any(path.name.startswith(("optimizer", "global_step")) for path in checkpoint.glob("*")):
+            fault = fault or "it has no state of the optimizer (--save_only_model)"
+        if not fault:
+            if changes := describe_changes(read_json(checkpoint / CONTENTS)["depends_on"], depends_on):
+                refuse(f"{checkpoint} was trained with {changes}; give the same, or another folder", allow_changes)
+            return str(checkpoint)
+        if resume.lower() != "true":
+            raise InputError(f"--resume_from_checkpoint {resume}: {fault}; expected a checkpoint-N of train.py")
+        logger.warning("%s is skipped: %s", checkpoint, fault)
+    logger.info("%s has no whole checkpoint: training starts from the beginning", output_dir)
+    return None
 
 
 def refuse_results_of_another(output_dir: str | Path, model_path: str) -> None:
@@ -166,18 +150,14 @@ def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any], eval_data
     Raises:
         InputError: a run with other data or flags has.
     """
-    recorded = read_json_object(Path(output_dir, STATE))
+    recorded = read_json(Path(output_dir, STATE))
     if recorded.get("state") != "finished":
         return False
-    if changes := describe_changes(recorded.get("depends_on") or {}, depends_on):
-        raise InputError(
-            f"{output_dir} holds a finished run with {changes}; choose another --output_dir, or delete it"
-        )
+    if changes := describe_changes(recorded["depends_on"], depends_on):
+        raise InputError(f"{output_dir} holds a finished run with {changes}; choose another --output_dir")
     if recorded.get("eval_data", eval_data) != eval_data:
-        raise InputError(
-            f"{output_dir}: this run has finished, with other evaluation data; evaluate its model: give it as "
-            "--model_name_or_path, without --do_train, and another --output_dir"
-        )
+        how = "give it as --model_name_or_path, without --do_train, and another --output_dir"
+        raise InputError(f"{output_dir}: this run has finished, with other evaluation data; evaluate its model: {how}")
     fault = find_fault(output_dir, WEIGHTS)
     if eval_data and not Path(output_dir, "final_eval_results.json").is_file():
         fault = fault or "final_eval_results.json is missing"
@@ -189,21 +169,23 @@ def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any], eval_data
 @contextlib.contextmanager
 def recorded_run(output_dir: str | Path, depends_on: Mapping[str, Any], eval_data: list[str]) -> Iterator[None]:
     """Records that a run is running, and at its end that it is finished, interrupted or failed."""
-    path = Path(output_dir, STATE)
-    write_json(path, {"state": "running", "host": socket.gethostname(), "pid": os.getpid(), "depends_on": depends_on})
+
+    def record(state: str, **more: Any) -> None:
+        write_json(Path(output_dir, STATE), {"state": state, "depends_on": depends_on, **more})
+
+    record("running")
     try:
         yield
     except BaseException as error:
-        state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        is_interrupt = isinstance(error, KeyboardInterrupt)
+        line = f"{error}the same command with --resume_from_checkpoint true resumes" if is_interrupt else str(error)
         with contextlib.suppress(InputError):  # the disk is full
-            write_json(path, {"state": state, "error": mask_secrets(str(error)), "depends_on": depends_on})
-        if state == "interrupted" and "resumes" not in str(error):
-            raise type(error)("the same command with --resume_from_checkpoint true resumes") from None
+            record("interrupted" if is_interrupt else "failed", error=mask_secrets(line))
+        if is_interrupt:
+            raise type(error)(line) from None
         raise
-    hashes = {
-        file.name: sha256_of_file(file) for pattern in WEIGHTS for file in sorted(Path(output_dir).glob(pattern))
-    }
-    write_json(path, {"state": "finished", "depends_on": depends_on, "eval_data": eval_data, "files": hashes})
+    weights = sorted(path for pattern in WEIGHTS for path in Path(output_dir).glob(pattern))
+    record("finished", eval_data=eval_data, files={path.name: sha256_of_file(path) for path in weights})
 
 
 @contextlib.contextmanager

@@ -21,27 +21,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    RepetitionPenaltyLogitsProcessor,
-    StoppingCriteriaList,
-    StopStringCriteria,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig, PreTrainedConfig
+from transformers.generation import logits_process
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from apo.cli import InputError
 from apo.generation import Decoding, derive_seed
-from apo.launch import count_processes, local_rank, process_rank
+from apo.launch import count_processes, process_rank
 from apo.prompts import Prompt, hash_prompts, stop_strings_of
 from apo.resume import model_version
 
@@ -88,7 +75,7 @@ def load_llm(path: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTr
     eos = tokenizer.eos_token_id if eos is None else eos
     model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=eos[0] if isinstance(eos, list) else eos)
     num_gpus = torch.cuda.device_count()
-    device = f"cuda:{local_rank() % num_gpus}" if num_gpus else "cpu"
+    device = f"cuda:{process_rank() % num_gpus}" if num_gpus else "cpu"
     return model.eval().to(device)
 
 
@@ -120,13 +107,7 @@ def tokenize(
     return token_ids
 
 
-def form_batches(token_ids: dict[Prompt, list[int]], batch_size: int) -> list[list[Prompt]]:
-    """Groups prompts by length, the longest first: a batch that is too large for memory fails at once."""
-    order = sorted(token_ids, key=lambda prompt: -len(token_ids[prompt]))
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-
-
-class GumbelNoise(LogitsProcessor):
+class GumbelNoise(logits_process.LogitsProcessor):
     """Adds Gumbel noise to the logits, so that their argmax is a draw from the softmax.
 
     Each row has its own generator, so that a response does not depend on other rows.
@@ -143,52 +124,19 @@ class GumbelNoise(LogitsProcessor):
         return scores - noise.log_()
 
 
-def sampling_steps(decoding: Decoding, seeds: list[int], device: torch.device) -> LogitsProcessorList:
+def sampling_steps(decoding: Decoding, seeds: list[int], device: torch.device) -> logits_process.LogitsProcessorList:
     """Returns the logits processors, in the order in which transformers samples; greedy search follows."""
-    steps = LogitsProcessorList()
+    steps = logits_process.LogitsProcessorList()
     if decoding.repetition_penalty != 1:
-        steps.append(RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
+        steps.append(logits_process.RepetitionPenaltyLogitsProcessor(decoding.repetition_penalty))
     if decoding.temperature > 0:
-        steps.append(TemperatureLogitsWarper(decoding.temperature))
+        steps.append(logits_process.TemperatureLogitsWarper(decoding.temperature))
         if decoding.top_k:
-            steps.append(TopKLogitsWarper(decoding.top_k))
+            steps.append(logits_process.TopKLogitsWarper(decoding.top_k))
         if decoding.top_p < 1:
-            steps.append(TopPLogitsWarper(decoding.top_p))
+            steps.append(logits_process.TopPLogitsWarper(decoding.top_p))
         steps.append(GumbelNoise(seeds, device))
     return steps
-
-
-@torch.no_grad()
-def continue_prompts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    token_ids: list[list[int]],
-    seeds: list[int],
-    decoding: Decoding,
-    stop: StopStringCriteria,
-) -> list[str]:
-    """Continues B prompts, `decoding.num_samples` times each; returns N texts, one for each seed, in order."""
-    num_tokens = max(map(len, token_ids))
-    # Padding is a prompt's own first token, so that the repetition penalty sees no other token.
-    padded = [ids[:1] * (num_tokens - len(ids)) + ids for ids in token_ids]
-    input_ids = torch.tensor(padded, device=model.device)  # (B, T)
-    mask = torch.tensor([[0] * (num_tokens - len(ids)) + [1] * len(ids) for ids in token_ids], device=model.device)
-    cache = DynamicCache(config=model.config)
-    if num_tokens > 1:  # reads a prompt once for all its responses, up to the last token, for generate()
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        start = {"input_ids": input_ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
-        model(**start, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(decoding.num_samples)
-    sequences = model.generate(
-        input_ids=input_ids.repeat_interleave(decoding.num_samples, 0),  # (N, T)
-        attention_mask=mask.repeat_interleave(decoding.num_samples, 0),
-        past_key_values=cache,
-        max_new_tokens=decoding.max_new_tokens,
-        logits_processor=sampling_steps(decoding, seeds, model.device),
-        stopping_criteria=StoppingCriteriaList([stop]),
-    )
-    return tokenizer.batch_decode(sequences[:, num_tokens:], skip_special_tokens=True)
 
 
 class LocalEngine:
@@ -209,14 +157,16 @@ class LocalEngine:
         self.token_ids = dict(zip(rendered, token_ids, strict=True))
         num_tokens = max(map(len, token_ids)) + decoding.max_new_tokens
         if num_tokens > config.max_position_embeddings:
-            raise InputError(
-                f"the longest prompt and its response can have {num_tokens} tokens, the model has "
-                f"{config.max_position_embeddings} positions; lower --max_length or --max_new_tokens"
-            )
-        batches = form_batches(self.token_ids, flags.per_device_eval_batch_size)
+            found = f"{num_tokens} tokens of a prompt and its response, {config.max_position_embeddings} positions"
+            raise InputError(f"found up to {found}; lower --max_length or --max_new_tokens")
+        # The longest first: a batch that is too large for memory fails at once.
+        order = sorted(rendered, key=lambda prompt: -len(self.token_ids[prompt]))
+        batch_size = flags.per_device_eval_batch_size
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         self.batches = batches[process_rank() :: count_processes()]
         self.share = [prompt for batch in self.batches for prompt in batch]
         self.notes: dict[str, Any] = {}
+        self.stop_strings = stop_strings_of(self.template)
         self.missing: Counter[str] = Counter()
         self.settings = {
             "max_length": flags.max_length,
@@ -235,22 +185,41 @@ class LocalEngine:
             return
         todo, num_samples = set(prompts), self.decoding.num_samples
         model = load_llm(self.path, self.dtype, self.tokenizer)
-        # Once, because it embeds the whole vocabulary.
-        stop = StopStringCriteria(self.tokenizer, list(stop_strings_of(self.template)))
         for batch in self.batches:
             if todo.isdisjoint(batch):
                 continue
             seeds = [derive_seed(self.seed, prompt.query_id, n) for prompt in batch for n in range(num_samples)]
-            ids = [self.token_ids[prompt] for prompt in batch]
             try:
-                texts = continue_prompts(
-                    model, self.tokenizer, token_ids=ids, seeds=seeds, decoding=self.decoding, stop=stop
-                )
+                texts = self.continue_prompts(model, [self.token_ids[prompt] for prompt in batch], seeds)
             except torch.OutOfMemoryError as error:
-                raise InputError(
-                    f"{len(batch)} prompts x {num_samples} responses at a time do not fit into the GPU's memory; "
-                    "expected a smaller --per_device_eval_batch_size; finished responses are kept"
-                ) from error
+                found = f"{len(batch)} prompts x {num_samples} responses do not fit into the GPU's memory"
+                expected = "expected a smaller --per_device_eval_batch_size; finished responses are kept"
+                raise InputError(f"{found}; {expected}") from error
             for i, prompt in enumerate(batch):
                 if prompt in todo:
                     keep(prompt, texts[i * num_samples : (i + 1) * num_samples])
+
+    @torch.no_grad()
+    def continue_prompts(self, model: PreTrainedModel, token_ids: list[list[int]], seeds: list[int]) -> list[str]:
+        """Continues B prompts, `decoding.num_samples` times each; returns N texts, one for each seed, in order."""
+        num_tokens, num_samples = max(map(len, token_ids)), self.decoding.num_samples
+        # Padding is a prompt's own first token, so that the repetition penalty sees no other token.
+        padded = [ids[:1] * (num_tokens - len(ids)) + ids for ids in token_ids]
+        input_ids = torch.tensor(padded, device=model.device)  # (B, T)
+        mask = torch.tensor([[0] * (num_tokens - len(ids)) + [1] * len(ids) for ids in token_ids], device=model.device)
+        cache = DynamicCache(config=model.config)
+        if num_tokens > 1:  # reads a prompt once for all its responses, up to the last token, for generate()
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)
+            start = {"input_ids": input_ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions[:, :-1]}
+            model(**start, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_repeat_interleave(num_samples)
+        sequences = model.generate(
+            input_ids=input_ids.repeat_interleave(num_samples, 0),  # (N, T)
+            attention_mask=mask.repeat_interleave(num_samples, 0),
+            past_key_values=cache,
+            max_new_tokens=self.decoding.max_new_tokens,
+            logits_processor=sampling_steps(self.decoding, seeds, model.device),
+            stop_strings=list(self.stop_strings),
+            tokenizer=self.tokenizer,
+        )
+        return self.tokenizer.batch_decode(sequences[:, num_tokens:], skip_special_tokens=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import glob
-import json
 import logging
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,39 +40,24 @@ class ScoredPrompt:
     @property
     def trainable(self) -> list[str]:
         """The candidates that training data can hold: those without `<sep>`, which ends the prompt there."""
-        is_valid = SEPARATOR not in self.query
-        return [key for key in self.candidates if is_valid and SEPARATOR not in self.responses[key]]
+        return [key for key in self.candidates if SEPARATOR not in self.query + self.responses[key]]
 
 
-def find_score_file(data_path: Path, score_path: Path | None, rm_scorer: str | None) -> Path:
-    """Returns the file of rewards: `score_path`, or the one in that folder that was written for the data.
+def find_score_file(data_path: Path, score_path: Path, rm_scorer: str | None) -> Path:
+    """Returns `score_path`, or if that is a folder the file of rewards there that was written for the data.
 
-    Args:
-        data_path: the sampled responses; scoring them wrote `<stem of data_path>_pred_<suffix>_results.json`.
-        score_path: a file, a folder, or with `rm_scorer` None for the folder of the data.
-        rm_scorer: that suffix; None where a folder holds the rewards of one reward model only.
+    That is `<stem of data_path>_pred_<rm_scorer>_results.json`; without a suffix `rm_scorer` the only such file.
     """
-    if score_path is None and not rm_scorer:
-        raise InputError("found neither --score_path nor --rm_scorer, expected one of them; " + ADVICE)
-    folder = data_path.parent if score_path is None else score_path
-    if not folder.is_dir():
-        if rm_scorer:
-            logger.warning("--rm_scorer %s has no effect: --score_path %s is not a folder", rm_scorer, score_path)
-        return folder
+    if not score_path.is_dir():
+        return score_path
     stem = data_path.name.split(".json")[0]  # as train.py names it
-    suffix = glob.escape(rm_scorer) if rm_scorer else "*"
-    matches = sorted(folder.glob(f"{glob.escape(stem)}_pred_{suffix}_results.json"))
+    name = f"{stem}_pred_{rm_scorer or '<suffix>'}_results.json"
+    pattern = glob.escape(name) if rm_scorer else f"{glob.escape(stem)}_pred_*_results.json"
+    matches = sorted(path.name for path in score_path.glob(pattern))
     if len(matches) != 1:
-        found = f"{len(matches)} ({first_few([path.name for path in matches])})" if matches else "none"
-        wanted = f"one {stem}_pred_{rm_scorer or '<suffix>'}_results.json"
-        raise InputError(f"{folder}: found {found}, expected {wanted}; name the suffix by --rm_scorer, or {ADVICE}")
-    return matches[0]
-
-
-def name_ids(ids: Iterable[str]) -> str:
-    """Counts different ids and shows the first few."""
-    different = [json.dumps(query_id, ensure_ascii=False) for query_id in dict.fromkeys(ids)]
-    return f"{len(different)} {'id' if len(different) == 1 else 'ids'}: {first_few(different)}"
+        found = f"found {first_few(matches) or 'none'}, expected one {name}"
+        raise InputError(f"{score_path}: {found}; see --rm_scorer, or {ADVICE}")
+    return score_path / matches[0]
 
 
 def load_scored_prompts(data_path: Path, score_path: Path, response_keys: Iterable[str] = ()) -> list[ScoredPrompt]:
@@ -94,15 +77,11 @@ def load_scored_prompts(data_path: Path, score_path: Path, response_keys: Iterab
         return ScoredPrompt(raw, record.query_id, record.prompts[0], responses, own)
 
     prompts = [prompt for _, prompt in iter_valid(data_path, parse, unique_ids=True)]
-    ids = {f"{prompt.query_id}:{key}": prompt.query_id for prompt in prompts for key in prompt.responses}
-    problems = []
-    if missing := [query_id for name, query_id in ids.items() if name not in rewards]:
-        problems.append(f"{len(missing)} of {len(ids)} responses have no reward, those of {name_ids(missing)}")
-    if foreign := sorted(rewards.keys() - ids.keys()):
-        found = name_ids(name.rpartition(":")[0] or name for name in foreign)
-        problems.append(f"{len(foreign)} of {len(rewards)} rewards have no response, those of {found}")
-    if problems:
-        raise InputError(f"{score_path}: not the rewards of {data_path}: {'; '.join(problems)}; {ADVICE}")
+    names = {f"{prompt.query_id}:{key}" for prompt in prompts for key in prompt.responses}
+    for what, lacking in (("reward", names - rewards.keys()), ("response", rewards.keys() - names)):
+        if lacking:
+            found = f"no {what} named {first_few(sorted(lacking))}"
+            raise InputError(f"{score_path}: not the rewards of {data_path}: found {found}; {ADVICE}")
     return prompts
 
 
@@ -120,26 +99,15 @@ def check_origin(data_path: Path, score_path: Path, allow_changes: bool) -> dict
     return now
 
 
-def with_target(prompt: ScoredPrompt) -> dict[str, Any]:
-    """Returns the record with its best response as "target" and all rewards as "scores", as the reference does."""
-    return {**prompt.record, "target": prompt.responses[prompt.candidates[0]], "scores": prompt.rewards}
-
-
-def to_pairs(prompts: list[ScoredPrompt], skipped: Counter[str]) -> list[dict[str, str]]:
-    """Returns one best-over-worst pair per prompt, for DPO; counts in `skipped` the prompts without one by reason."""
+def to_pairs(prompts: list[ScoredPrompt]) -> list[dict[str, str]]:
+    """Returns a best-over-worst pair of each prompt whose responses differ in text and reward, for DPO."""
     pairs = []
     for prompt in prompts:
-        keys = prompt.trainable
-        if len(keys) < 2:
-            skipped["fewer than two answers"] += 1
+        if len(keys := prompt.trainable) < 2:
             continue
         best, worst = keys[0], keys[-1]
         chosen, rejected = prompt.responses[best], prompt.responses[worst]
-        if prompt.rewards[best] == prompt.rewards[worst]:
-            skipped["equal rewards"] += 1
-        elif chosen.strip() == rejected.strip():
-            skipped["equal answers"] += 1
-        else:
+        if prompt.rewards[best] != prompt.rewards[worst] and chosen.strip() != rejected.strip():
             pairs.append({"prompt": prompt.query, "chosen": chosen, "rejected": rejected, "query_id": prompt.query_id})
     return pairs
 
@@ -160,41 +128,18 @@ def best_of_n(prompts: list[ScoredPrompt]) -> list[dict[str, Any]]:
     """Averages `expected_best` over prompts, for each n.
 
     Returns:
-        a row for each n: "n", "mean" and "interval_95" of the expected best reward, "prompts" (how many have n
-        responses or more), and "gain", the mean over these prompts of the expected best of n minus the best of one.
-        Only the gains of two rows can be compared if the rows have different prompts.
+        a row for each n: "n", "mean" and "interval_95" of the expected best reward, and "prompts": how many have n
+        responses or more. Two rows can be compared only if they have the same prompts.
     """
     curves = [expected_best(prompt.rewards[key] for key in prompt.candidates) for prompt in prompts]
     rows = []
     for n in range(1, max(map(len, curves)) + 1):
-        values = np.array([[curve[n - 1], curve[0]] for curve in curves if len(curve) >= n])
-        gain = float((values[:, 0] - values[:, 1]).mean())
-        rows.append({"n": n, **mean_and_interval(values[:, 0]), "gain": gain, "prompts": len(values)})
+        values = np.array([curve[n - 1] for curve in curves if len(curve) >= n])
+        rows.append({"n": n, **mean_and_interval(values), "prompts": len(values)})
     return rows
 
 
-def measure_lengths(texts: list[str]) -> dict[str, float]:
-    """Returns the mean and median number of characters; empty for no texts."""
-    sizes = [len(text) for text in texts]
-    return {"mean": float(np.mean(sizes)), "median": float(np.median(sizes))} if sizes else {}
-
-
-def make_report(prompts: list[ScoredPrompt], pairs: list[dict[str, str]]) -> dict[str, Any]:
-    """Describes the selection in numbers.
-
-    Args:
-        prompts: those with a best response.
-        pairs: see `to_pairs`.
-
-    Returns:
-        "prompts"; "best_of_n" (see there); "ties": the share of prompts whose best reward several responses have, of
-        which the first was taken; "pairs"; "length": characters of the chosen and the rejected responses.
-    """
+def share_of_ties(prompts: list[ScoredPrompt]) -> float:
+    """Returns the share of prompts whose best reward several responses have, of which the first is taken."""
     ties = sum(p.rewards[keys[0]] == p.rewards[keys[1]] for p in prompts if len(keys := p.candidates) > 1)
-    return {
-        "prompts": len(prompts),
-        "best_of_n": best_of_n(prompts),
-        "ties": ties / len(prompts),
-        "pairs": len(pairs),
-        "length": {side: measure_lengths([pair[side] for pair in pairs]) for side in ("chosen", "rejected")},
-    }
+    return ties / len(prompts)

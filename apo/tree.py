@@ -13,35 +13,58 @@ depth-first order, so that the descendants of a token follow it:
 
 Linear layers see a row without padding; only attention depends on the tree. Positions are those of the separate
 sequences and every token attends to what it would attend to there, so for a model without dropout this is the same
-function. Over-long sequences that are truncated at different places share no prefix, as in the reference.
+function. A sliding window of W counts positions: token i then sees only j with position[j] > position[i] - W.
+Over-long sequences that are truncated at different places share no prefix, as in the reference.
 
-There are three implementations of the attention, registered with transformers under the names of `TREE_ATTENTIONS`:
-`tree_branches` for the CPU, `tree_flex` for CUDA, `tree_mask` where that fails.
+There are three implementations of the attention (`apo.tree_attention`), registered with transformers under the names
+of `TREE_ATTENTIONS`: `tree_branches` for the CPU, `tree_flex` for CUDA, `tree_mask` where that fails. transformers
+builds no mask for a name that it does not know, and passes what else a layer needs (window, soft cap, sinks) as
+keywords. `TREE_MODELS` lists the architectures for which this is tested; all others are padded.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface
+from transformers import MODEL_MAPPING, AttentionInterface, PreTrainedConfig
 
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
+from apo.tree_attention import Attend, Layer, prepare_branches, prepare_flex, prepare_mask
 
 logger = logging.getLogger(__name__)
 
 TREE_ATTENTIONS = ("tree_branches", "tree_flex", "tree_mask")
-MAX_PADDING = 1.5  # of a group of branches; below it, padding is cheaper than another call
+
+# The architectures whose trees are tested against padded rows, and what their layers may need besides a causal mask.
+# Not here: a window that comes in the mask alone (qwen2_moe, llama4), noise (mixtral), ALiBi (bloom), no attention.
+TREE_MODELS: dict[str, tuple[str, ...]] = {
+    "cohere": (),
+    "cohere2": ("window",),
+    "gemma": (),
+    "gemma2": ("window", "softcap"),
+    "gemma3_text": ("window",),
+    "gpt2": (),
+    "gpt_neox": (),
+    "gpt_oss": ("window", "sinks"),
+    "granite": (),
+    "llama": (),
+    "mistral": ("window",),
+    "olmo2": (),
+    "olmo3": ("window",),
+    "opt": (),
+    "phi3": ("window",),
+    "qwen2": ("window",),
+    "qwen3": ("window",),
+    "qwen3_moe": ("window",),
+    "smollm3": ("window",),
+}
+# Fields of a config with "drop" in their name that concern heads which a reward model does not have.
+DROPOUT_OF_OTHER_HEADS = ("classifier_dropout", "summary_first_dropout", "summary_last_dropout")
 
 
 def common_prefix_length(first: np.ndarray, second: np.ndarray) -> int:
@@ -91,9 +114,6 @@ def build_token_tree(sequences: list[list[int]]) -> dict[str, Tensor]:
     }
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -102,8 +122,11 @@ def tree_attention(
     attention_mask: None,
     *,
     attend: Attend,
-    scaling: float,
+    scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer over a tree, as transformers calls it.
@@ -112,20 +135,22 @@ def tree_attention(
         module: the attention module that calls.
         query: (1, H, S, head size).
         key, value: (1, H, S, head size), or with fewer heads, each for a group of query heads.
-        attention_mask: not used.
+        attention_mask: must be None: the tree decides who sees whom.
         attend: the function that `prepare_attention` returned for this batch.
-        scaling: factor of the dot products.
+        scaling: factor of the dot products, by default 1 / sqrt(head size).
         dropout: must be 0: a shared token has one state, not one per sequence.
+        sliding_window, softcap, s_aux: `window`, `softcap` and `sinks` of `Layer`.
 
     Returns:
         (1, S, H, head size), and None in place of the attention weights.
     """
-    assert dropout == 0.0, dropout
+    assert attention_mask is None and dropout == 0.0, (attention_mask, dropout)
     query, key = query.to(value.dtype), key.to(value.dtype)  # autocast leaves them in float32, as the rotation is
     group_size = query.shape[1] // key.shape[1]
     if group_size > 1:
         key, value = key.repeat_interleave(group_size, dim=1), value.repeat_interleave(group_size, dim=1)
-    return attend(query, key, value, scaling).transpose(1, 2), None
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(query, key, value, Layer(scaling, sliding_window, softcap, s_aux)).transpose(1, 2), None
 
 
 for _name in TREE_ATTENTIONS:
@@ -133,151 +158,31 @@ for _name in TREE_ATTENTIONS:
 
 
 def prepare_attention(tree: dict[str, Tensor], kind: str) -> Attend:
-    """Prepares the attention of a batch, the same for every layer.
+    """Prepares the attention of a batch for all layers.
 
     Args:
         tree: of `build_token_tree`.
         kind: one of `TREE_ATTENTIONS`.
 
     Returns:
-        A function of query, key, value (1, H, S, head size) and the scaling; it returns their attention.
+        A function of query, key, value (1, H, S, head size) and the layer; it returns their attention.
     """
-    prepare = {"tree_branches": _prepare_branches, "tree_flex": _prepare_flex, "tree_mask": _prepare_mask}
-    return prepare[kind](tree)
+    prepare = {"tree_branches": prepare_branches, "tree_flex": prepare_flex, "tree_mask": prepare_mask}
+    attend, longest = prepare[kind](tree), tree["paths"].shape[1]
+
+    def attend_in_layer(query: Tensor, key: Tensor, value: Tensor, layer: Layer) -> Tensor:
+        if layer.window is not None and layer.window >= longest:
+            layer = replace(layer, window=None)
+        return attend(query, key, value, layer)
+
+    return attend_in_layer
 
 
-def _take(states: Tensor, index: Tensor) -> Tensor:
-    """Some rows of states (1, H, S, head size): (rows, H, head size)."""
-    return states[0].transpose(0, 1).index_select(0, index)
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A sequence of `length` tokens, new in the row from position `start`, queried from `first`, 0 or `start`."""
-
-    sequence: int
-    length: int
-    start: int
-    first: int
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One call for n branches: `query_index` (n, Q) and `key_index` (n, K), rows of the tree; `mask` (n, 1, Q, K), or
-    None for causal attention over whole paths; `is_new` (n, Q), the queries whose output is used."""
-
-    query_index: Tensor
-    key_index: Tensor
-    mask: Tensor | None
-    is_new: Tensor
-
-
-def _group_branches(tree: dict[str, Tensor]) -> list[list[Branch]]:
-    """Divides the branches into groups for one call of attention each.
-
-    A path that is mostly new is queried as a whole: causal attention costs half as much. A group grows while
-    what it attends to, padding included, stays below `MAX_PADDING` times what its branches need.
-    """
-    branches = []
-    for i, length, num_new in tree["branches"].tolist():
-        start = length - num_new
-        if num_new:
-            branches.append(Branch(i, length, start, first=0 if 2 * start < length else start))
-    groups: list[list[Branch]] = []
-    needed = 0
-    for branch in sorted(branches, key=lambda b: (b.first > 0, b.first - b.length, -b.length)):
-        needed += (branch.length - branch.first) * branch.length
-        if groups and (groups[-1][0].first > 0) == (branch.first > 0):
-            members = [*groups[-1], branch]
-            widest = max(b.length - b.first for b in members) * max(b.length for b in members)
-            if len(members) * widest <= MAX_PADDING * needed:
-                groups[-1].append(branch)
-                continue
-        groups.append([branch])
-        needed = (branch.length - branch.first) * branch.length
-    return groups
-
-
-def _make_call(paths: Tensor, group: list[Branch]) -> AttentionCall:
-    fields = [[b.sequence, b.length, b.start, b.first] for b in group]
-    sequence, length, start, first = torch.tensor(fields, device=paths.device).unbind(1)  # (n,) each
-    num_queries, num_keys = int((length - first).max()), int(length.max())
-    position = first[:, None] + torch.arange(num_queries, device=paths.device)  # (n, Q)
-    needs_mask = group[0].first > 0
-    mask = (torch.arange(num_keys, device=paths.device) <= position[:, :, None])[:, None] if needs_mask else None
-    return AttentionCall(
-        query_index=paths[sequence].gather(1, position.clamp(max=paths.shape[1] - 1)),
-        key_index=paths[sequence, :num_keys],
-        mask=mask,
-        is_new=(position >= start[:, None]) & (position < length[:, None]),
-    )
-
-
-def _prepare_branches(tree: dict[str, Tensor]) -> Attend:
-    """The new tokens of each sequence attend to its path, sequences of similar lengths in one call.
-
-    The rows of all calls are gathered at once, because each gather has a gradient as large as the tree.
-    """
-    calls = [_make_call(tree["paths"], group) for group in _group_branches(tree)]
-    query_index, key_index = (
-        torch.cat([x.flatten() for x in indices])
-        for indices in ([call.query_index for call in calls], [call.key_index for call in calls])
-    )
-    rows = torch.cat([call.query_index[call.is_new] for call in calls])
-    sources = torch.cat([call.is_new.flatten() for call in calls]).nonzero().squeeze(1)[rows.argsort()]  # (S,)
-
-    def take(states: Tensor, index: Tensor, shapes: list[torch.Size]) -> list[Tensor]:
-        parts = _take(states, index).split([shape.numel() for shape in shapes])
-        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in zip(parts, shapes, strict=True)]
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        queries = take(query, query_index, [call.query_index.shape for call in calls])  # (n, H, Q, head size) each
-        key_shapes = [call.key_index.shape for call in calls]
-        keys, values = take(key, key_index, key_shapes), take(value, key_index, key_shapes)  # (n, H, K, head size)
-        outputs = []
-        for call, q, k, v in zip(calls, queries, keys, values, strict=True):
-            causal = call.mask is None
-            output = F.scaled_dot_product_attention(q, k, v, call.mask, is_causal=causal, scale=scaling)
-            outputs.append(output.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs).index_select(0, sources).transpose(0, 1)[None]
-
-    return attend
-
-
-def _prepare_flex(tree: dict[str, Tensor]) -> Attend:
-    """Flex attention over the row, which skips the empty blocks of the (S, S) mask.
-
-    The search for these blocks takes a few (S, S) bool tensors, once a batch.
-    """
-    ends = tree["subtree_ends"]
-
-    def attends(batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (j <= i) & (i < ends[j])
-
-    block_mask = create_block_mask(attends, None, None, len(ends), len(ends), device=ends.device)
-    flex = compiled_flex_attention() if ends.is_cuda else flex_attention
-    return lambda query, key, value, scaling: flex(query, key, value, block_mask=block_mask, scale=scaling)
-
-
-def _prepare_mask(tree: dict[str, Tensor]) -> Attend:
-    """Scaled-dot-product attention over the row with an (S, S) mask."""
-    ends = tree["subtree_ends"]
-    index = torch.arange(len(ends), device=ends.device)
-    mask = (index <= index[:, None]) & (index[:, None] < ends)
-    return lambda query, key, value, scaling: F.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-
-
-@functools.cache
-def compiled_flex_attention() -> Callable[..., Tensor]:
-    """Flex attention, compiled once for rows of any length."""
-    return torch.compile(flex_attention, dynamic=True)
-
-
-def choose_attention(config: LlamaConfig, batching: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose_attention(config: PreTrainedConfig, batching: str, device: torch.device, dtype: torch.dtype) -> str:
     """Picks the attention of a model and logs it.
 
     Trees on a GPU use flex attention; where it does not compile, and on devices other than CPU and CUDA, attention
-    with a mask. A model with attention dropout is padded, because a shared token cannot be dropped twice.
+    with a mask. Models for which trees are not the same function as padded rows, or not known to be, are padded.
 
     Args:
         config: of the model.
@@ -286,16 +191,17 @@ def choose_attention(config: LlamaConfig, batching: str, device: torch.device, d
         dtype: in which it will compute there.
 
     Returns:
-        One of `TREE_ATTENTIONS`, or `sdpa` for padded batches.
+        One of `TREE_ATTENTIONS`, or for padded batches `sdpa`, or `eager` where the model does not support it.
     """
-    if batching == "padded" or config.attention_dropout > 0:
-        reason = " (the model has attention dropout)" if batching == "tree" else ""
-        logger.info("batching: padded, attention: sdpa%s", reason)
-        return "sdpa"
+    obstacle = _find_obstacle(config) if batching == "tree" else None
+    if batching == "padded" or obstacle:
+        kind = "sdpa" if MODEL_MAPPING[type(config)]._supports_sdpa else "eager"
+        logger.info("batching: padded, attention: %s%s", kind, f" ({obstacle})" if obstacle else "")
+        return kind
     kind = {"cpu": "tree_branches", "cuda": "tree_flex"}.get(device.type, "tree_mask")
     if kind == "tree_flex":
         try:
-            _try_flex(config, device, dtype)
+            try_flex(config, device, dtype)
         except Exception as error:  # compilers, drivers and cards fail in many ways
             kind = "tree_mask"
             logger.warning(
@@ -305,12 +211,32 @@ def choose_attention(config: LlamaConfig, batching: str, device: torch.device, d
     return kind
 
 
-def _try_flex(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Compiles and runs flex attention, forward and backward, at the head size of the model."""
+def _find_obstacle(config: PreTrainedConfig) -> str | None:
+    """Says why a model is not run on trees, or None."""
+    if config.model_type not in TREE_MODELS:
+        return f"trees are not tested for models of type {config.model_type}"
+    if getattr(config, "use_bidirectional_attention", False) or not getattr(config, "is_causal", True):
+        return "the model is not causal"
+    # A shared token has one state; it cannot be dropped in one sequence and kept in another.
+    fields = {name: value for name, value in config.to_dict().items() if "drop" in name and value}
+    dropout = [f"{name} {value}" for name, value in fields.items() if name not in DROPOUT_OF_OTHER_HEADS]
+    return f"the model has dropout: {', '.join(dropout)}" if dropout else None
+
+
+def try_flex(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Compiles and runs flex attention, forward and backward, as the layers of the model use it."""
     sequences = [list(range(200)), [*range(150), *range(300, 400)]]
     tree = {name: tensor.to(device) for name, tensor in build_token_tree(sequences).items()}
     attend = prepare_attention(tree, "tree_flex")
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (1, config.num_attention_heads, len(tree["subtree_ends"]), head_size)
+    num_heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    features = TREE_MODELS[config.model_type]
+    layer = Layer(
+        scaling=head_size**-0.5,
+        window=config.sliding_window if "window" in features else None,
+        softcap=config.attn_logit_softcapping if "softcap" in features else None,
+        sinks=torch.zeros(num_heads, device=device, dtype=dtype) if "sinks" in features else None,
+    )
+    shape = (1, num_heads, len(tree["subtree_ends"]), head_size)
     query = torch.randn(shape, device=device, dtype=dtype, requires_grad=True)
-    attend(query, query, query, head_size**-0.5).sum().backward()
+    attend(query, query, query, layer).sum().backward()

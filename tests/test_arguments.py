@@ -109,11 +109,11 @@ def test_given_flags_without_effect_on_the_task_are_named(caplog):
         ({"model_name_or_path": None}, "--model_name_or_path"),
         (
             {"eval_data_path": None, "do_train": True, "train_data_path": "A", "eval_strategy": "epoch"},
-            "epoch without",
+            "--eval_strategy without",
         ),
         (
             {"eval_data_path": None, "do_train": True, "train_data_path": "A", "do_eval": True},
-            "--do_eval True without",
+            "--do_eval.* without",
         ),
         ({"do_train": True, "train_data_path": "A", "dtype": "float16"}, "--dtype float16: such weights overflow"),
         ({"fp16": True}, "--fp16 true has no effect on a CPU"),
@@ -146,29 +146,20 @@ def test_flag_of_2023_is_refused_with_its_new_name(flag, replacement):
     assert replacement in str(error.value)
 
 
-@pytest.mark.parametrize("content, message", [("{", "broken JSON"), (None, "No such file")])
-def test_deepspeed_config_that_cannot_be_read_is_refused(tmp_path, content, message):
-    path = tmp_path / "ds.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(InputError, match=f"--deepspeed {path}: {message}"):
-        parse(**NEEDED, deepspeed=path)
-
-
 def test_deepspeed_config_that_accelerate_would_drop_is_refused(tmp_path, monkeypatch):
     """With ACCELERATE_USE_CPU accelerate trains without DeepSpeed and says nothing."""
-    (tmp_path / "ds.json").write_text('{"train_batch_size": "auto"}')
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     with pytest.raises(InputError, match=r"ACCELERATE_USE_CPU.*unset it.*--use_cpu true"):
         parse(**NEEDED, deepspeed=tmp_path / "ds.json")
 
 
 @pytest.mark.parametrize(
-    "config", ["[]", '"x"', "3", '{"zero_optimization": []}', '{"zero_optimization": {"stage": 7}}']
+    "config", [None, "{", "[]", '"x"', "3", '{"zero_optimization": []}', '{"zero_optimization": {"stage": 7}}']
 )
-def test_deepspeed_config_of_another_shape_is_refused(tmp_path, config):
-    (tmp_path / "ds.json").write_text(config)
-    with pytest.raises(InputError, match=r"ds.json: found .*, expected an object"):
+def test_deepspeed_config_that_is_missing_or_has_another_shape_is_refused(tmp_path, config):
+    if config:
+        (tmp_path / "ds.json").write_text(config)
+    with pytest.raises(InputError, match=r"ds.json: no such file, or its content is not a JSON object"):
         parse(**NEEDED, deepspeed=tmp_path / "ds.json")
 
 
@@ -186,12 +177,10 @@ def test_lower_calibration_error_is_better():
     assert parse(**flags, greater_is_better=True)[2].greater_is_better
 
 
-@pytest.mark.parametrize("flag", [{"eval_at_start": True}, {"metric_for_best_model": "accuracy"}])
-def test_evaluating_needs_evaluation_data(flag):
+def test_evaluating_at_the_start_needs_evaluation_data():
     run = {"model_name_or_path": "m", "do_train": True, "train_data_path": "A", "use_cpu": True}
-    [(name, value)] = flag.items()
-    with pytest.raises(InputError, match=f"--{name} {value} without --eval_data_path"):
-        parse(**run, **flag)
+    with pytest.raises(InputError, match=r"--eval_at_start .*without --eval_data_path"):
+        parse(**run, eval_at_start=True)
 
 
 def test_one_process_that_sees_several_gpus_is_refused(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from conftest import CHECKPOINT, E2E, ON_CPU, REPO_ROOT, command_line, log_history, read_json, run_main, training
 from safetensors.torch import load_file
 
-from apo.resumable import Interruption
+from apo.resumable import ResumableTrainer
 from apo.run_state import exclusive
 
 
@@ -70,14 +70,14 @@ def stop_at(monkeypatch):
     """Runs the command until SIGTERM at the end of a step; it saves and ends."""
 
     def run(step: int, **flags) -> None:
-        on_step_end = Interruption.on_step_end
+        on_step_end = ResumableTrainer.on_step_end
 
         def stop(self, args, state, control, **kwargs):
             self._signum = signal.SIGTERM * (state.global_step == step)
             on_step_end(self, args, state, control, **kwargs)
 
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
-            patch.setattr(Interruption, "on_step_end", stop)
+            patch.setattr(ResumableTrainer, "on_step_end", stop)
             run_main(**ON_CPU, **flags)
 
     return run
@@ -112,6 +112,12 @@ def test_damaged_best_checkpoint_is_not_taken_for_the_result(tmp_path, stop_at, 
         "checkpoint-4, the best checkpoint, cannot be loaded: model.safetensors is damaged" in capsys.readouterr().err
     )
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_best_checkpoint_without_an_optimizer_is_loaded_at_the_end(tmp_path):
+    run_main(**ON_CPU, **best_run(tmp_path, save_only_model=True))
+    weights, expected = (load_file(tmp_path / "out" / name / "model.safetensors") for name in ("", "checkpoint-4"))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def test_checkpoint_without_an_optimizer_is_not_resumed(tmp_path, stop_at, caplog):

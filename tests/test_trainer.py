@@ -239,9 +239,10 @@ def random_items(num: int, num_responses: int = 2, seed: int = 0) -> list[dict]:
         ({"per_device_eval_batch_size": 8, "eval_token_budget": 5000}, 5000),
     ],
 )
-def test_tokens_of_an_evaluation_batch_on_a_cpu(tmp_path, flags, budget):
+def test_tokens_of_an_evaluation_batch_on_a_cpu(tmp_path, monkeypatch, flags, budget):
+    monkeypatch.setattr("trainer.batch_by_tokens", lambda dataset, budget, batching: budget)
     model, tokenizer = load_model(max_length=512)
-    assert make_trainer(tmp_path, model, tokenizer, random_items(1), **flags).eval_token_budget == budget
+    assert make_trainer(tmp_path, model, tokenizer, random_items(1), **flags).eval_batches([]) == budget
 
 
 def test_every_parameter_moves_in_a_training_step(tmp_path):
@@ -343,8 +344,10 @@ def test_lm_term_averages_over_the_responses_above_the_threshold(tmp_path):
     trainer = make_trainer(tmp_path, model, tokenizer, [], lm_loss_coeff=0.3)
     scores = torch.tensor([[0.99, 0.5, -1.0], [0.9, 0.2, -1.0]])
     assert trainer._lm_mask(scores).tolist() == [True, False, True, False]
-    assert trainer._lm_term(torch.tensor([1.0, 0.0, 4.0, 0.0]), scores).item() == pytest.approx(0.75)
-    assert trainer._lm_term(torch.zeros(4), scores.clamp(max=0.5)).item() == 0.0
+    rewards, apo_mask = torch.zeros_like(scores), torch.zeros(2)
+    lm_losses = torch.tensor([[1.0, 0.0, torch.nan], [4.0, 0.0, torch.nan]])
+    assert trainer._loss_terms(scores, apo_mask, rewards, lm_losses)["lm_term"].item() == pytest.approx(0.75)
+    assert trainer._loss_terms(scores.clamp(max=0.5), apo_mask, rewards, 0 * lm_losses)["lm_term"].item() == 0.0
 
 
 def test_loss_with_lm_term_is_the_sum_of_both(tmp_path):

@@ -22,6 +22,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from apo.cli import InputError, OneLineParser, describe, describe_counts, exit_on_input_error, first_few, write_json
 from apo.prompts import GOLDEN_STOP_STRINGS, SAMPLE_STOP_STRINGS, count_cuts
@@ -29,6 +30,7 @@ from apo.records import SEPARATOR, PreferenceRecord, load_preference_data
 
 logger = logging.getLogger(__name__)
 
+STOP_STRINGS = {"golden": GOLDEN_STOP_STRINGS, "sampled": SAMPLE_STOP_STRINGS}
 Responses = dict[str, PreferenceRecord]  # query id -> prompt and responses, in file order
 
 
@@ -36,11 +38,7 @@ Responses = dict[str, PreferenceRecord]  # query id -> prompt and responses, in 
 class Conversion:
     """The APO records, and counts of everything that is not in them."""
 
-    items: list[dict] = field(default_factory=list)
-    num_pairs: int = 0
-    num_matched: int = 0
-    golden_only: list[str] = field(default_factory=list)  # query ids
-    sampled_only: list[str] = field(default_factory=list)
+    items: list[dict[str, Any]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)  # reason -> responses
     cut: Counter[str] = field(default_factory=Counter)  # "golden", "sampled" -> responses
 
@@ -58,33 +56,26 @@ def cut_next_turn(response: str, stop_strings: tuple[str, ...]) -> str:
     return response
 
 
-def find_fault(response: str) -> str:
-    """Returns why a response cannot be trained on; an empty string if it can."""
-    return f"with {SEPARATOR}" if SEPARATOR in response else "" if response.strip() else "empty"
+def usable_responses(record: PreferenceRecord, kind: str, result: Conversion, golden: str = "") -> list[str]:
+    """Cuts the responses of a record, drops those that make no pair, and counts both in `result`.
 
-
-def usable_responses(golden: str, sampled: list[str], skipped: Counter[str]) -> tuple[str, list[str]]:
-    """Cuts the responses of one prompt and drops those that make no pair; counts them in `skipped`, by reason.
-
-    A sampled response that equals the golden one is dropped: it would be preferred and not preferred at once.
-
-    Returns the golden response and the usable sampled ones, none if the golden one is unusable.
+    A sampled response that equals the `golden` one is dropped: it would be preferred and not preferred at once.
     """
-    golden = cut_next_turn(golden, GOLDEN_STOP_STRINGS)
-    if fault := find_fault(golden):
-        skipped[f"golden {fault}"] += 1
-        return golden, []
+    result.cut[kind] += count_cuts(record.responses, STOP_STRINGS[kind])
     kept = []
-    for response in (cut_next_turn(text, SAMPLE_STOP_STRINGS) for text in sampled):
-        fault = find_fault(response) or ("same as golden" if response.strip() == golden.strip() else "")
-        if fault:
-            skipped[f"sampled {fault}"] += 1
+    for response in (cut_next_turn(text, STOP_STRINGS[kind]) for text in record.responses):
+        if SEPARATOR in response:
+            result.skipped[f"{kind} with {SEPARATOR}"] += 1
+        elif not response.strip():
+            result.skipped[f"{kind} empty"] += 1
+        elif response.strip() == golden.strip():
+            result.skipped[f"{kind} same as golden"] += 1
         else:
             kept.append(response)
-    return golden, kept
+    return kept
 
 
-def to_items(query_id: str, query: str, golden: str, sampled: list[str], group: bool) -> list[dict]:
+def to_items(query_id: str, query: str, golden: str, sampled: list[str], group: bool) -> list[dict[str, Any]]:
     """Returns one pair per sampled response, as the reference writes them, or one group of all."""
     first, *others = (query + SEPARATOR + response for response in (golden, *sampled))
     if group:
@@ -93,20 +84,16 @@ def to_items(query_id: str, query: str, golden: str, sampled: list[str], group: 
     return [{"text": [first, other], "scores": [1.0, 0.0], "type": "apo"} for other in others]
 
 
-def check_same_prompts(golden: Responses, sampled: Responses) -> None:
-    """Refuses ids with two prompts, and shows where these start to differ."""
-    problems = []
-    for query_id in (query_id for query_id in golden if query_id in sampled):
-        expected, found = golden[query_id].prompts[0], sampled[query_id].prompts[0]
-        if found != expected:
-            start = next(i for i, (x, y) in enumerate(itertools.zip_longest(found, expected)) if x != y)
-            problems.append(
-                f'{sampled[query_id].place}: id {query_id}: field "query": found, from character {start + 1} on, '
-                f"{describe(found[start:])}, expected {describe(expected[start:])} as in {golden[query_id].place} of "
-                "--golden_data_path"
-            )
-    if problems:
-        raise InputError(f"--sample_data_path: prompts differ from --golden_data_path: {first_few(problems)}")
+def find_difference(golden: PreferenceRecord, sampled: PreferenceRecord) -> str:
+    """Shows where the prompts of one id start to differ; an empty string if they are the same."""
+    expected, found = golden.prompts[0], sampled.prompts[0]
+    if found == expected:
+        return ""
+    start = next(i for i, (x, y) in enumerate(itertools.zip_longest(found, expected)) if x != y)
+    return (
+        f'{sampled.place}: id {golden.query_id}: field "query": found, from character {start + 1} on, '
+        f"{describe(found[start:])}, expected {describe(expected[start:])} as in {golden.place} of --golden_data_path"
+    )
 
 
 def convert(
@@ -118,27 +105,22 @@ def convert(
         group: one record per prompt instead of one per pair.
         sampling: keep one sampled response per prompt, drawn with `seed` among the usable ones.
     """
-    check_same_prompts(golden, sampled)
     rng = random.Random(seed)
-    result = Conversion(golden_only=[query_id for query_id in golden if query_id not in sampled])
-    for query_id, record in sampled.items():
-        if query_id not in golden:
-            result.sampled_only.append(query_id)
-            continue
-        result.num_matched += 1
-        result.cut["golden"] += count_cuts(golden[query_id].responses, GOLDEN_STOP_STRINGS)
-        result.cut["sampled"] += count_cuts(record.responses, SAMPLE_STOP_STRINGS)
-        response, kept = usable_responses(golden[query_id].responses[0], record.responses, result.skipped)
-        if kept:
-            kept = [rng.choice(kept)] if sampling else kept
-            result.num_pairs += len(kept)
-            result.items += to_items(query_id, record.prompts[0], response, kept, group)
-    if not result.num_matched:
+    result = Conversion()
+    matched = [query_id for query_id in sampled if query_id in golden]
+    if not matched:
         found = f"--golden_data_path has {first_few(list(golden))}; --sample_data_path has {first_few(list(sampled))}"
         raise InputError(f'field "query_id": found no id in both files, expected the same ids; {found}')
+    if problems := list(filter(None, (find_difference(golden[i], sampled[i]) for i in matched))):
+        raise InputError(f"--sample_data_path: prompts differ from --golden_data_path: {first_few(problems)}")
+    for query_id in matched:
+        for response in usable_responses(golden[query_id], "golden", result):
+            if kept := usable_responses(sampled[query_id], "sampled", result, response):
+                kept = [rng.choice(kept)] if sampling else kept
+                result.items += to_items(query_id, golden[query_id].prompts[0], response, kept, group)
     if not result.items:
         skipped = describe_counts(result.skipped, "responses")
-        raise InputError(f"{result.num_matched} prompts matched, but no pair is left; skipped: {skipped}")
+        raise InputError(f"{len(matched)} prompts matched, but no pair is left; skipped: {skipped}")
     return result
 
 
@@ -164,7 +146,8 @@ def main() -> None:
     golden = load_responses(args.golden_data_path, "golden")
     sampled = load_responses(args.sample_data_path, "sampled")
     result = convert(golden, sampled, group=args.group, sampling=args.sampling, seed=args.seed)
-    for kind, ids in (("golden", result.golden_only), ("sampled", result.sampled_only)):
+    golden_only, sampled_only = ([i for i in a if i not in b] for a, b in ((golden, sampled), (sampled, golden)))
+    for kind, ids in (("golden", golden_only), ("sampled", sampled_only)):
         if ids:
             logger.warning("%d ids with %s responses only, left out: %s", len(ids), kind, first_few(ids))
     if result.cut.total():
@@ -172,10 +155,10 @@ def main() -> None:
         logger.info(message, result.cut)
     path = args.output_dir / f"{args.apo_data_name}{'_sampled' * args.sampling}_text_scores.json"
     write_json(path, result.items)
-    groups = "" if len(result.items) == result.num_pairs else f" in {len(result.items)} groups"
+    num_pairs = sum(len(item["text"]) - 1 for item in result.items)
     print(
-        f"{result.num_matched} prompts matched, {result.num_pairs} pairs written{groups}, "
-        f"{len(result.golden_only) + len(result.sampled_only)} ids unmatched, "
+        f"{len(sampled) - len(sampled_only)} prompts matched, {num_pairs} pairs written"
+        f"{f' in {len(result.items)} groups' * args.group}, {len(golden_only) + len(sampled_only)} ids unmatched, "
         f"{describe_counts(result.skipped, 'responses')} skipped: {path}"
     )
 

@@ -18,14 +18,15 @@ pairs of a prompt stay together. The query id is a hash of the pair, so that it 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import itertools
 import json
 import random
-import tempfile
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from apo.cli import (
     BadField,
@@ -34,16 +35,14 @@ from apo.cli import (
     at_least,
     describe_counts,
     exit_on_input_error,
-    publish,
+    replacing,
     sha256_of_file,
-    write_json,
 )
 from apo.prompts import chat_messages, normalize_space
 from apo.records import SEPARATOR, iter_valid, parse_plain_pair
 
 HUB_REPO = "Anthropic/hh-rlhf"
-SUBSETS = ("helpful-base", "harmless-base", "helpful-online", "helpful-rejection-sampled")
-PAPER_SUBSETS = SUBSETS[:2]  # together as many pairs as the paper's data, about 86.3K and 4.66K
+SUBSETS = ("helpful-base", "harmless-base")  # as many pairs as the paper's data, about 86.3K and 4.66K
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 MANIFEST = "hh_split_manifest.json"
 REST = "llm"  # the part of all pairs that the other parts do not take
@@ -55,36 +54,19 @@ FILES = {  # file -> its parts
     "eval_data/hh_cleaned_origin.test.json": ("test",),
 }
 
-
-class Pair(NamedTuple):
-    """Two responses to one prompt, the chosen one preferred."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    query_id: str
+Record = dict[str, Any]  # a text-scores record of two responses
+Groups = dict[str, list[Record]]  # prompt (white space normalised) -> its pairs
 
 
-Groups = dict[str, list[Pair]]  # prompt (white space normalised) -> its pairs
-
-
-def download(subsets: Iterable[str], split: str) -> list[Path]:
+def download(split: str) -> list[Path]:
     """Downloads `<subset>/<split>.jsonl.gz` of each subset from the Hub, or finds it in the Hub's cache."""
     from huggingface_hub import hf_hub_download
 
     try:
-        return [Path(hf_hub_download(HUB_REPO, f"{s}/{split}.jsonl.gz", repo_type="dataset")) for s in subsets]
+        return [Path(hf_hub_download(HUB_REPO, f"{name}/{split}.jsonl.gz", repo_type="dataset")) for name in SUBSETS]
     except OSError as error:  # huggingface_hub: no network, file or permission
         advice = "give its files by --train_data_path and --test_data_path"
         raise InputError(f"{HUB_REPO}: cannot be downloaded ({normalize_space(str(error))}); {advice}") from error
-
-
-def load_dialogues(paths: list[Path], sources: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yields (chosen, rejected) of every record of all files; adds the pairs and the sha256 of each to `sources`."""
-    for path in paths:
-        dialogues = [pair for _, pair in iter_valid(path, parse_plain_pair)]
-        sources[str(path)] = {"pairs": len(dialogues), "sha256": sha256_of_file(path)}
-        yield from dialogues
 
 
 def split_dialogue(dialogue: str) -> tuple[str, str]:
@@ -124,30 +106,24 @@ def group_by_prompt(dialogues: Iterable[tuple[str, str]], dropped: Counter[str])
             dropped[reason or "duplicate"] += 1
             continue
         seen.add(query_id)
-        groups.setdefault(normalize_space(prompt), []).append(Pair(prompt, chosen, rejected, query_id))
+        record = {"text": [prompt + SEPARATOR + response for response in (chosen, rejected)], "scores": [1.0, 0.0]}
+        groups.setdefault(normalize_space(prompt), []).append({**record, "query_id": query_id})
     return groups
 
 
-def remove_prompts(groups: Groups, test_prompts: Container[str], dropped: Counter[str]) -> Groups:
-    """Returns the groups of prompts that are not in test, and counts the pairs of the others."""
-    dropped["prompt also in test"] += sum(len(pairs) for prompt, pairs in groups.items() if prompt in test_prompts)
-    return {prompt: pairs for prompt, pairs in groups.items() if prompt not in test_prompts}
+def remove_prompts(groups: Groups, test_groups: Groups, dropped: Counter[str]) -> None:
+    """Removes the groups of prompts that are in test, and counts their pairs."""
+    for prompt in groups.keys() & test_groups.keys():
+        dropped["prompt also in test"] += len(groups.pop(prompt))
 
 
-def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, list[Pair]]:
+def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, list[Record]]:
     """Draws prompts into parts of given sizes (in pairs), and `REST`.
 
     A prompt goes, with all of its pairs, to the first part with enough room. So a part never has more pairs than its
-    size, and fewer only if no prompt that fits is left.
+    size, and fewer only if no prompt that fits is left. A part without a pair is an `InputError`.
     """
-    num_pairs, num_wanted = sum(map(len, groups.values())), sum(sizes.values())
-    flags = " ".join(f"--{name}_size {size}" for name, size in sizes.items())
-    if num_pairs <= num_wanted:
-        raise InputError(
-            f"found {num_pairs} training pairs after cleaning, expected more than {num_wanted} ({flags}), because the "
-            "rest is for the LLM; give smaller sizes"
-        )
-    parts: dict[str, list[Pair]] = {name: [] for name in (*sizes, REST)}
+    parts: dict[str, list[Record]] = {name: [] for name in (*sizes, REST)}
     prompts = list(groups)
     random.Random(seed).shuffle(prompts)
     for prompt in prompts:
@@ -155,62 +131,42 @@ def partition(groups: Groups, sizes: dict[str, int], seed: int) -> dict[str, lis
         name = next((name for name, size in sizes.items() if len(parts[name]) + len(pairs) <= size), REST)
         parts[name] += pairs
     if empty := ", ".join(name for name, pairs in parts.items() if not pairs):
-        raise InputError(f"found no prompt that fits {empty} ({flags}), whose pairs stay together; give other sizes")
+        flags = " ".join(f"--{name}_size {size}" for name, size in sizes.items())
+        raise InputError(
+            f"found {sum(map(len, groups.values()))} training pairs after cleaning, none of which is left for {empty} "
+            f"or fits there ({flags}), expected more, because the pairs of a prompt stay together; give other sizes"
+        )
     return parts
 
 
-def to_record(pair: Pair) -> dict[str, Any]:
-    """Returns a pair as a text-scores record."""
-    text = [pair.prompt + SEPARATOR + response for response in (pair.chosen, pair.rejected)]
-    return {"text": text, "scores": [1.0, 0.0], "query_id": pair.query_id}
-
-
-def write_records(path: Path, pairs: list[Pair]) -> None:
-    """Writes pairs as a JSON list, one record per line; the text of the whole file is never in memory."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        for i, pair in enumerate(pairs):
-            file.write(("[\n" if i == 0 else ",\n") + json.dumps(to_record(pair), ensure_ascii=False))
-        file.write("\n]\n")
-
-
-def write_split(output_dir: Path, parts: dict[str, list[Pair]], manifest: dict[str, Any]) -> dict[str, Any]:
-    """Writes the five files and the manifest into a hidden folder, and moves them to `output_dir` once all exist.
+def write_split(output_dir: Path, parts: dict[str, list[Record]], manifest: dict[str, Any]) -> dict[str, Any]:
+    """Writes the five files and the manifest, which get their names once all are complete, the manifest last.
 
     Returns the manifest's entry of each file.
     """
     outputs: dict[str, Any] = {}
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        staging = tempfile.TemporaryDirectory(prefix=".build_hh_split.", dir=output_dir)
-    except OSError as error:
-        raise InputError(f"{output_dir}: cannot be written ({error.strerror}); give another --output_dir") from error
-    with staging as folder:
+    with contextlib.ExitStack() as stack:  # renames what was entered first last
+        manifest_file = stack.enter_context(replacing(output_dir / MANIFEST))
         for name, file_parts in FILES.items():
+            temporary = stack.enter_context(replacing(output_dir / name))
             pairs = [pair for part in file_parts for pair in parts[part]]
-            write_records(Path(folder, name), pairs)
-            num_prompts = len({normalize_space(pair.prompt) for pair in pairs})
-            outputs[name] = {"pairs": len(pairs), "prompts": num_prompts, "sha256": sha256_of_file(Path(folder, name))}
-        write_json(Path(folder, MANIFEST), {**manifest, "outputs": outputs})
-        for name in (*FILES, MANIFEST):
-            Path(output_dir, name).parent.mkdir(exist_ok=True)
-            publish(Path(folder, name), Path(output_dir, name))
+            with open(temporary, "w", encoding="utf-8") as file:
+                json.dump(pairs, file, ensure_ascii=False, indent=1)
+            num_prompts = len({normalize_space(pair["text"][0].split(SEPARATOR)[0]) for pair in pairs})
+            outputs[name] = {"pairs": len(pairs), "prompts": num_prompts, "sha256": sha256_of_file(temporary)}
+        manifest_file.write_text(json.dumps({**manifest, "outputs": outputs}, indent=1), encoding="utf-8")
     return outputs
 
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     add = (parser := OneLineParser(description=__doc__)).add_argument
-    add_source, add_test = (parser.add_mutually_exclusive_group().add_argument for _ in range(2))
     add("--output_dir", type=Path, required=True, help="folder to write to; made if it does not exist")
     train_help = 'records of "chosen", "rejected": .jsonl.gz, .jsonl, .json (default: from the Hub)'
-    add_source("--train_data_path", type=Path, nargs="+", help=train_help)
-    add_test("--test_data_path", type=Path, nargs="+", help="the same, for the test part")
-    subsets_help = f"subsets on the Hub (default: {' '.join(PAPER_SUBSETS)}, as many pairs as the paper's)"
-    add_source("--subsets", nargs="+", choices=SUBSETS, help=subsets_help)
+    add("--train_data_path", type=Path, nargs="+", help=train_help)
+    add("--test_data_path", type=Path, nargs="+", help="the same, for the test part")
     add("--rm_size", type=at_least(1), default=20_000, help="pairs for the reward model (default: 20000)")
     add("--valid_size", type=at_least(1), default=10_000, help="pairs for validation (default: 10000)")
-    add_test("--test_size", type=at_least(1), help="pairs for test, for data without test files")
     add("--seed", type=int, default=42, help="of the partition (default: 42)")
     return parser.parse_args()
 
@@ -219,29 +175,22 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Reads, cleans, partitions, writes, prints the counts."""
     args = parse_args()
-    has_test = bool(args.test_data_path or args.test_size)
-    if has_test and not args.train_data_path:
-        raise InputError("--test_data_path or --test_size without --train_data_path: the Hub has its own test files")
-    if args.train_data_path and not has_test:
-        raise InputError("--train_data_path: found neither --test_data_path nor --test_size, expected one of them")
-    train_paths, test_paths = args.train_data_path, args.test_data_path or []
-    if train_paths is None:
-        subsets = args.subsets or PAPER_SUBSETS
-        train_paths, test_paths = download(subsets, "train"), download(subsets, "test")
-
-    inputs: dict[str, dict[str, Any]] = {"train": {}, "test": {}}
+    if bool(args.train_data_path) != bool(args.test_data_path):
+        raise InputError("found one of --train_data_path and --test_data_path, expected both or none")
+    inputs: dict[str, dict[str, Any]] = {}
     dropped: dict[str, Counter[str]] = {"train": Counter(), "test": Counter()}
-    test_groups = group_by_prompt(load_dialogues(test_paths, inputs["test"]), dropped["test"])
-    train_groups = group_by_prompt(load_dialogues(train_paths, inputs["train"]), dropped["train"])
-    train_groups = remove_prompts(train_groups, test_groups, dropped["train"])
-    if test_paths and not test_groups:
+    groups: dict[str, Groups] = {}
+    for split, paths in {"train": args.train_data_path, "test": args.test_data_path}.items():
+        pairs = {path: [pair for _, pair in iter_valid(path, parse_plain_pair)] for path in paths or download(split)}
+        inputs[split] = {str(p): {"pairs": len(pairs[p]), "sha256": sha256_of_file(p)} for p in pairs}
+        groups[split] = group_by_prompt(itertools.chain(*pairs.values()), dropped[split])
+    remove_prompts(groups["train"], groups["test"], dropped["train"])
+    if not groups["test"]:
         raise InputError(f"no test pair is left after cleaning; dropped: {describe_counts(dropped['test'], 'pairs')}")
 
     sizes = {"rm": args.rm_size, "valid": args.valid_size}
-    if not test_paths:
-        sizes["test"] = args.test_size
-    parts = partition(train_groups, sizes, args.seed)
-    parts.setdefault("test", [pair for pairs in test_groups.values() for pair in pairs])
+    parts = partition(groups["train"], sizes, args.seed)
+    parts["test"] = [pair for pairs in groups["test"].values() for pair in pairs]
 
     manifest = {"inputs": inputs, "dropped": dropped, "sizes": sizes, "seed": args.seed}
     outputs = write_split(args.output_dir, parts, manifest)

@@ -11,33 +11,29 @@ import argparse
 import logging
 from pathlib import Path
 
-from apo.cli import InputError, OneLineParser, exit_on_input_error, refuse
-from apo.run_files import format_results, read_json
+from apo.cli import InputError, OneLineParser, exit_on_input_error, read_json, refuse
+from apo.run_files import format_results
 from reward_datasets import name_datasets
 
 
 def read_results(run_dir: str) -> dict[str, dict[str, float]]:
     """Reads the metrics of a run on each evaluation set, {set: {metric: value}}."""
     path = Path(run_dir, "final_eval_results.json")
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; give the --output_dir of a run that evaluated")
     results = read_json(path)
-    if not all(isinstance(metrics, dict) for metrics in results.values()):
-        raise InputError(f"{path}: found no object of evaluation sets; expected a file that train.py wrote")
+    if not results or not all(isinstance(metrics, dict) for metrics in results.values()):
+        raise InputError(f"{path}: no such file, or not of train.py; give the --output_dir of a run that evaluated")
     return results
 
 
 def head_mark(run_dir: str) -> str:
     """Says that the rewards of a run were random: its model had no reward head and was not trained."""
-    path = Path(run_dir, "eval_results.json")
-    head = read_json(path).get("reward_head") if path.is_file() else None
+    head = read_json(Path(run_dir, "eval_results.json")).get("reward_head")
     return f", head {head}" if head else ""
 
 
 def find_hash(run_dir: str, name: str) -> str | None:
     """Returns the sha256 of an evaluation set, as the manifest has it for the last run that read it."""
-    path = Path(run_dir, "manifest.json")
-    manifest = read_json(path) if path.is_file() else {}
+    manifest = read_json(Path(run_dir, "manifest.json"))
     files = [file for run in manifest.get("runs", [manifest]) for file in run.get("data", {}).items()]
     return next((sha256 for path, sha256 in reversed(files) if f"/{path}".endswith(f"/{name}")), None)
 
@@ -54,7 +50,6 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = OneLineParser(description=__doc__)
     parser.add_argument("run_dirs", nargs="+", help="output folders of runs that evaluated")
-    parser.add_argument("--bins", type=int, default=10, help="bins of the calibration error (default: 10)")
     parser.add_argument("--allow_changes", action="store_true", help="compare sets of one name on different data")
     return parser.parse_args()
 
@@ -69,7 +64,7 @@ def main() -> None:
     for name in dict.fromkeys(name for sets in results.values() for name in sets):
         hashes = {run: find_hash(run_dirs[run], name) for run in results if name in results[run]}
         check_same_data(name, hashes, args.allow_changes)
-    print(format_results({run + head_mark(run_dirs[run]): sets for run, sets in results.items()}, args.bins))
+    print(format_results({run + head_mark(run_dirs[run]): sets for run, sets in results.items()}))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ writes `<output_dir>/<model_prefix>_<task_type>_<data_suffix>_results.json`, in 
     {"query_id": "...", "query": "<prompt>", "sample_0": " <response>", "sample_1": ...}
 
 With `--engine transformers` (`python`, or `torchrun` for several GPUs) the same seed gives the same responses on any
-number of processes and after any interruption, as long as each has the same number of threads; with another batch
-size, in float32 only: in bfloat16 rounding may change a token. With `--engine openai` a server generates them (vLLM,
-SGLang), and of a changed file only the new prompts.
+number of processes and after any interruption; docs/differences.md has the limits. With `--engine openai` a server
+generates them (vLLM, SGLang), and of a changed file only the new prompts.
 """
 
 from __future__ import annotations
@@ -22,33 +21,26 @@ from pathlib import Path
 from typing import Any
 
 from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error
-from apo.generation import DECODING, LLAMA_2_CHAT_SAMPLING, Decoding, Engine, check_complete, generate_responses
+from apo.generation import DECODING, LLAMA_2_CHAT_SAMPLING, Decoding, Engine, generate_responses
 from apo.launch import count_processes, process_rank
 from apo.prompts import TEMPLATES, Prompt, render_prompts, stop_strings_of
-from apo.records import DATA_TYPES, load_prompts
+from apo.records import load_prompts
 from apo.resume import ResultStore, refuse_overwriting
 from apo.server import ServerEngine, add_server_flags
 
-logger = logging.getLogger("inference_llm")
 
-
-def parse_args() -> argparse.Namespace:
-    """Reads the command line."""
+def parse_args() -> tuple[argparse.Namespace, Decoding]:
+    """Reads the command line, fills in the defaults that depend on other flags; returns how to decode, too."""
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="folder or Hub name of the LLM, or its name on the server")
     add("--model_prefix", help="first part of the result's name (default: last part of the model's name)")
     add("--data_path", required=True, help="prompts: text-scores records, or records with a query")
-    add("--data_type", choices=DATA_TYPES, help="reject_sample: records with a query (default: as the first record)")
     add("--data_suffix", help="last part of the result's name (default: name of the data file up to its first dot)")
     add("--output_dir", type=Path, required=True, help="folder to write to; created if it does not exist")
     add("--task_type", choices=DECODING, required=True, help="sampling: four responses; testing: one, nearly greedy")
     add("--engine", choices=("transformers", "openai"), default="transformers", help="(default: transformers)")
-    add(
-        "--prompt_template",
-        choices=TEMPLATES,
-        help="plain: as in the file; chat: the model's own (default: plain; llama-2-chat if that is the model_prefix)",
-    )
+    add("--prompt_template", choices=TEMPLATES, default="plain", help="plain: as in the file; chat: the model's own")
     add("--seed", type=int, default=42, help="a server gets one for each response and may ignore it (default: 42)")
     add = parser.add_argument_group("decoding", "default: sampling / testing / LLaMA-2-chat sampling").add_argument
     add("--num_samples", type=at_least(1), help="responses per prompt (default: 4 / 1 / 4)")
@@ -60,17 +52,12 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument_group("engine transformers").add_argument
     add("--max_length", type=at_least(1), default=512, help="prompt tokens; only the last are kept (default: 512)")
     add("--per_device_eval_batch_size", type=at_least(1), default=8, help="prompts at a time (default: 8)")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="auto", help="auto: that of the checkpoint")
+    add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="auto: the checkpoint's")
     add_server_flags(parser)
-    return parser.parse_args()
 
-
-def settle(args: argparse.Namespace) -> Decoding:
-    """Fills in the defaults that depend on other flags, and returns how to decode, if that can work."""
+    args = parser.parse_args()
     args.model_prefix = args.model_prefix or Path(args.model_name_or_path).name
     args.data_suffix = args.data_suffix or Path(args.data_path).name.split(".")[0]
-    args.prompt_template = args.prompt_template or ("llama-2-chat" if args.model_prefix == "llama-2-chat" else "plain")
     is_llama_2_chat = (args.task_type, args.prompt_template) == ("sampling", "llama-2-chat")
     decoding = LLAMA_2_CHAT_SAMPLING if is_llama_2_chat else DECODING[args.task_type]
     given = {field.name: getattr(args, field.name) for field in fields(Decoding)}
@@ -79,17 +66,7 @@ def settle(args: argparse.Namespace) -> Decoding:
         raise InputError(f"--top_p {decoding.top_p:g}: expected more than 0 and at most 1")
     if decoding.temperature == 0 and decoding.num_samples > 1:
         raise InputError(f"--temperature 0 --num_samples {decoding.num_samples}: expected 1, all would be the same")
-    return decoding
-
-
-def request_body(model: str, template: str, decoding: Decoding) -> dict[str, Any]:
-    """Returns the fields of all requests to a server."""
-    # Fields of vLLM and SGLang are sent only if they change something: OpenAI's own models refuse them.
-    body = {"model": model, "temperature": decoding.temperature, "top_p": decoding.top_p}
-    body |= {"max_tokens": decoding.max_new_tokens, "stop": list(stop_strings_of(template))}
-    body |= {"top_k": decoding.top_k} if decoding.top_k else {}
-    penalty = decoding.repetition_penalty
-    return body | ({"repetition_penalty": penalty} if penalty != 1 else {})
+    return args, decoding
 
 
 def make_engine(args: argparse.Namespace, decoding: Decoding, rendered: dict[Prompt, Any]) -> Engine:
@@ -97,8 +74,13 @@ def make_engine(args: argparse.Namespace, decoding: Decoding, rendered: dict[Pro
     if args.engine == "openai":
         if count_processes() > 1:
             raise InputError(f"--engine openai in {count_processes()} processes: expected one; see --concurrency")
-        body = request_body(args.model_name_or_path, args.prompt_template, decoding)
-        return ServerEngine(rendered, body, args, decoding.num_samples, stop_strings_of(args.prompt_template))
+        stop_strings = stop_strings_of(args.prompt_template)
+        body = {"model": args.model_name_or_path, "temperature": decoding.temperature, "top_p": decoding.top_p}
+        body |= {"max_tokens": decoding.max_new_tokens, "stop": list(stop_strings)}
+        # Fields of vLLM and SGLang are sent only if they change something: OpenAI's own models refuse them.
+        off = {"top_k": 0, "repetition_penalty": 1}
+        body |= {name: getattr(decoding, name) for name, value in off.items() if getattr(decoding, name) != value}
+        return ServerEngine(rendered, body, args, decoding.num_samples, stop_strings)
 
     from apo.sampling import LocalEngine
     from models import load_config
@@ -109,13 +91,12 @@ def make_engine(args: argparse.Namespace, decoding: Decoding, rendered: dict[Pro
 @exit_on_input_error
 def main() -> None:
     """Parse -> prompts -> engine -> responses -> result."""
-    args = parse_args()
-    decoding = settle(args)
+    args, decoding = parse_args()
     rank = process_rank()
     logging.basicConfig(level=logging.ERROR if rank else logging.INFO, format="%(levelname)s: %(message)s")
     result_path = args.output_dir / f"{args.model_prefix}_{args.task_type}_{args.data_suffix}_results.json"
     refuse_overwriting(args.data_path, result_path)
-    prompts = load_prompts(args.data_path, args.data_type)
+    prompts = load_prompts(args.data_path)
     rendered = dict(zip(prompts, render_prompts(args.data_path, prompts, args.prompt_template), strict=True))
     engine = make_engine(args, decoding, rendered)
 
@@ -124,19 +105,10 @@ def main() -> None:
     settings = {name: getattr(args, name) for name in names} | asdict(decoding) | engine.settings
     sample_fields = [f"sample_{i}" for i in range(decoding.num_samples)]
     store = ResultStore(result_path, settings, rank, engine.notes)
-    stop_strings = stop_strings_of(args.prompt_template)
-    records = generate_responses(store, prompts, engine, fields=sample_fields, stop_strings=stop_strings)
-    if records is None:
-        return
-
-    # ---- what they look like
-    responses = [[record[field] for field in sample_fields] for record in records]
-    num_same = sum(len(set(texts)) == 1 for texts in responses) if decoding.num_samples > 1 else 0
-    if 2 * num_same > len(records):
-        logger.warning("%d prompts have the same response every time; expected different ones", num_same)
-    num_empty = sum(not text for texts in responses for text in texts)
-    print(f"{result_path}: {len(records)} prompts x {decoding.num_samples} responses, {num_empty} of them empty")
-    check_complete(records, prompts, args.skip_refused)
+    records = generate_responses(store, prompts, engine, sample_fields, may_miss=args.skip_refused)
+    if records is not None:
+        num_empty = sum(not record[field] for record in records for field in sample_fields)
+        print(f"{result_path}: {len(records)} prompts x {decoding.num_samples} responses, {num_empty} of them empty")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ example:
 The rewards are what `train.py --task_type inference` wrote for the same file, which is checked. The tool writes
 
     best.json                the records with two more fields: "target", the best response, and "scores", all rewards
-    best_report.json, .png   expected reward of the best of 1, 2, ... responses; lengths of chosen and rejected ones
+    best_report.json, .png   expected reward of the best of 1, 2, ... responses; plot: lengths of chosen and rejected
     best_pairs.json          with --to_pairs, for DPO: {"prompt", "chosen", "rejected", "query_id"}, best over worst
     best_text_scores.json    with --to_pairs, for RRHF: {"text": ["<query><sep><response>", ...], "scores", "query_id"}
 
@@ -17,28 +17,15 @@ best. A prompt whose responses are all empty is left out and reported: a few emp
 """
 
 import argparse
-import itertools
 import logging
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from apo import selection
-from apo.cli import InputError, OneLineParser, describe_counts, exit_on_input_error, first_few, write_json
+from apo.cli import InputError, OneLineParser, exit_on_input_error, first_few, write_json
 from apo.figures import plot_best_of_n
 from apo.resume import refuse_overwriting
 
 logger = logging.getLogger(__name__)
-
-
-def summary(report: dict[str, Any], skipped: Counter[str]) -> str:
-    """Returns the result in a few lines."""
-    lines = [f"{report['prompts']} prompts, {report['ties']:.1%} with a tie for the best response"]
-    for row in report["best_of_n"]:
-        interval = "" if row["interval_95"] is None else " [{:.4f}, {:.4f}]".format(*row["interval_95"])
-        lines.append(f"best of {row['n']}: expected reward {row['mean']:.4f}{interval}, {row['prompts']} prompts")
-    lines.append(f"{report['pairs']} pairs of best over worst, {describe_counts(skipped, 'prompts')} without one")
-    return "\n".join(lines)
 
 
 def name_outputs(output_dir: Path, file_name: str | None, score_path: Path, with_pairs: bool) -> dict[str, Path]:
@@ -59,8 +46,7 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     add = (parser := OneLineParser(description=__doc__)).add_argument
     add("--data_path", type=Path, required=True, help='records of "query_id", "query", "sample_0", ...')
-    score_help = "what train.py --task_type inference wrote: <data>_pred_<suffix>_results.json, or its folder "
-    add("--score_path", type=Path, help=score_help + "(default with --rm_scorer: the folder of the data)")
+    add("--score_path", type=Path, required=True, help="<data>_pred_<suffix>_results.json of train.py, or its folder")
     add("--rm_scorer", help="<suffix> of that file, for a folder with the rewards of several models")
     add("--response_keys", nargs="+", default=[], help="those of train.py, if the rewards were made with any")
     add("--output_dir", type=Path, default=Path(), help="folder to write to (default: this one)")
@@ -87,20 +73,27 @@ def main() -> None:
     if empty:
         logger.warning("%d prompts left out, all responses are empty: %s", len(empty), first_few(empty))
 
-    skipped: Counter[str] = Counter()
-    pairs = selection.to_pairs(prompts, skipped)
-    report = {"data": str(args.data_path), "rewards": str(score_path), **selection.make_report(prompts, pairs)}
-    report |= hashes | {"prompts_without_pair": dict(skipped), "prompts_left_out": empty}
+    pairs = selection.to_pairs(prompts)
+    report = {"data": str(args.data_path), "rewards": str(score_path), **hashes}
+    report |= {"prompts": len(prompts), "prompts_left_out": empty, "ties": selection.share_of_ties(prompts)}
+    report |= {"best_of_n": selection.best_of_n(prompts), "pairs": len(pairs)}
 
-    for path, output in itertools.product((args.data_path, score_path), outputs.values()):
-        refuse_overwriting(path, output)
-    write_json(outputs["target"], [selection.with_target(prompt) for prompt in prompts])
+    for output in outputs.values():
+        refuse_overwriting(args.data_path, output)
+        refuse_overwriting(score_path, output)
+    records = [{**p.record, "target": p.responses[p.candidates[0]], "scores": p.rewards} for p in prompts]
+    write_json(outputs["target"], records)
     if args.to_pairs:
         write_json(outputs["pairs"], pairs)
         write_json(outputs["text_scores"], selection.to_text_scores(prompts))
     write_json(outputs["report"], report)
     plot_best_of_n(outputs["figure"], report["best_of_n"], pairs)
-    print(summary(report, skipped))
+
+    print(f"{report['prompts']} prompts, {report['ties']:.1%} with a tie for the best response")
+    for row in report["best_of_n"]:
+        interval = "" if row["interval_95"] is None else " [{:.4f}, {:.4f}]".format(*row["interval_95"])
+        print(f"best of {row['n']}: expected reward {row['mean']:.4f}{interval}, {row['prompts']} prompts")
+    print(f"{report['pairs']} pairs of best over worst")
     print(f"written: {', '.join(map(str, outputs.values()))}")
 
 

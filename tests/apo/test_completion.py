@@ -4,14 +4,24 @@ import json
 
 import pytest
 
-from apo.completion import MAX_WORDS, NoResponseError, read_completion, read_error, shorten
+from apo.cli import InputError
+from apo.completion import (
+    MAX_WORDS,
+    STRIPPED,
+    TRUNCATED,
+    NoResponseError,
+    TemporaryError,
+    check_status,
+    read_completion,
+    shorten,
+)
 
 STOPS = ("\nHuman:",)
 
 
 def body(content: object, finish_reason: object = "stop", **fields: object) -> bytes:
     choice = {"message": {"content": content, **fields}, "finish_reason": finish_reason}
-    return json.dumps({"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}).encode()
+    return json.dumps({"choices": [choice]}).encode()
 
 
 @pytest.mark.parametrize(
@@ -31,21 +41,13 @@ def body(content: object, finish_reason: object = "stop", **fields: object) -> b
     ],
 )
 def test_a_response_is_the_text_after_reasoning_and_role(content, text):
-    found, usage = read_completion(body(content, reasoning_content="Hm."), STOPS)
-    assert found == text
-    assert usage == {
-        "responses": 1,
-        "truncated": 0,
-        "truncated_tokens": 0,
-        "stripped": content != text and isinstance(content, str),
-        "prompt_tokens": 7,
-        "completion_tokens": 3,
-    }
+    remarks = [STRIPPED] * (content != text and isinstance(content, str))
+    assert read_completion(body(content, reasoning_content="Hm."), STOPS) == (text, remarks)
 
 
 def test_length_is_a_response_and_counted():
-    text, usage = read_completion(b'{"choices": [{"text": "Re", "finish_reason": "length"}], "usage": {}}', STOPS)
-    assert (text, usage["truncated"], usage["truncated_tokens"], usage["completion_tokens"]) == ("Re", 1, 0, 0)
+    content = b'{"choices": [{"text": "Re", "finish_reason": "length"}]}'
+    assert read_completion(content, STOPS) == ("Re", [TRUNCATED])
 
 
 NO_RESPONSE = [
@@ -81,7 +83,7 @@ NO_RESPONSE = [
     (body(5), "no text"),
     (b'{"error": {"message": "overloaded"}}', r"error .*overloaded"),
     (b'{"error": "no model", "choices": [{"text": "Red.", "finish_reason": "stop"}]}', "error .*no model"),
-    (b'{"choices": []}', "no choices"),
+    (b'{"choices": []}', "unreadable"),
     (b'{"choices": null}', "unreadable"),
     (b'{"choices": [null]}', "unknown finish_reason"),
     (b'{"choices": [{"message": null, "finish_reason": "stop"}]}', "empty"),
@@ -105,29 +107,30 @@ def test_anything_else_is_no_response_and_says_why(content, reason, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("status", "error", "about"),
+    ("status", "error", "kind", "words"),
     [
-        (400, {"message": "maximum context length is 4096"}, "prompt"),
-        (500, {"message": "exceeds the available context size"}, "prompt"),
-        (400, {"message": "no", "code": "unsupported_parameter"}, "setting"),
-        (422, {"message": "Extra inputs are not permitted"}, "setting"),
-        (429, {"message": "slow down"}, "temporary"),
-        (429, {"message": "no", "code": "insufficient_quota"}, "credit"),
-        (503, "loading", "temporary"),
-        (404, {"message": "no such model"}, "server"),
-        (307, None, "server"),
+        (400, {"message": "maximum context length is 4096"}, NoResponseError, "maximum context length is 4096"),
+        (500, {"message": "exceeds the available context size"}, NoResponseError, "the available context size"),
+        (400, {"message": "no", "code": "unsupported_parameter"}, InputError, "(no), expected settings"),
+        (422, {"message": "Extra inputs are not permitted"}, InputError, "permitted), expected settings"),
+        (429, {"message": "slow down"}, TemporaryError, "(slow down)"),
+        (429, {"message": "no", "code": "insufficient_quota"}, InputError, "(no), expected an account with credit"),
+        (503, "loading", TemporaryError, "(loading)"),
+        (404, {"message": "no such model"}, InputError, "(no such model), expected a base_url"),
+        (307, None, InputError, "expected a response"),
     ],
 )
-def test_an_error_says_what_it_is_about(status, error, about):
-    expected = error["message"] if isinstance(error, dict) else error
-    assert read_error(status, json.dumps({"error": error}).encode())[:2] == (status, about)
-    assert expected is None or read_error(status, json.dumps({"error": error}).encode())[2] == expected
+def test_an_error_says_what_it_is_about(status, error, kind, words):
+    with pytest.raises(kind) as caught:
+        check_status(status, json.dumps({"error": error}).encode())
+    assert type(caught.value) is kind and f"status {status} (" in str(caught.value) and words in str(caught.value)
 
 
 def test_a_status_may_stand_in_the_body():
-    assert read_error(200, b'{"error": {"code": 429, "message": "wait"}}') == (429, "temporary", "wait")
+    with pytest.raises(TemporaryError, match=r"status 429 \(wait\)"):
+        check_status(200, b'{"error": {"code": 429, "message": "wait"}}')
     for code in (b"200", b'"x"', b"null", b"1e400", b"true"):
-        assert read_error(200, b'{"error": {"code": %s}}' % code) is None
+        check_status(200, b'{"error": {"code": %s}}' % code)
 
 
 def test_what_a_server_says_is_one_line_without_a_secret_cut_in_two(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from conftest import read_json
 
 from apo.cli import InputError
-from apo.generation import check_complete, derive_seed, generate_responses, load_finished, make_records
+from apo.generation import derive_seed, generate_responses
 from apo.prompts import Prompt
 from apo.resume import ResultStore
 
@@ -21,6 +21,7 @@ class FakeEngine:
 
     def __init__(self, refused: str = "", share: list[Prompt] = PROMPTS) -> None:
         self.settings, self.notes, self.share, self.refused = {}, {}, share, refused
+        self.stop_strings = ("\nHuman",)
         self.missing = Counter(empty=len(refused))
         self.seen: list[str] = []
 
@@ -33,9 +34,9 @@ class FakeEngine:
                 thread.join()
 
 
-def generate(folder, engine, prompts=PROMPTS, seed=1):
+def generate(folder, engine, prompts=PROMPTS, seed=1, may_miss=True):
     store = ResultStore(folder / "r.json", {"seed": seed})
-    return generate_responses(store, prompts, engine, fields=FIELDS, stop_strings=("\nHuman",))
+    return generate_responses(store, prompts, engine, FIELDS, may_miss=may_miss)
 
 
 def test_seed_of_a_response_depends_on_all_three():
@@ -51,7 +52,8 @@ def test_records_hold_trimmed_responses_in_the_order_of_the_prompts(tmp_path, ca
     assert records[3] == {"query_id": "3", "query": "prompt 3", "sample_0": " 3", "sample_1": " x"}
     assert [record["query_id"] for record in records] == list("0123")
     assert "4 responses cut where they continue as the user" in caplog.text
-    assert generate(tmp_path, FakeEngine()) is None and "already exists" in caplog.text
+    engine = FakeEngine()
+    assert generate(tmp_path, engine) == records and engine.seen == []
 
 
 def test_second_run_into_the_same_file_is_refused(tmp_path):
@@ -75,24 +77,25 @@ def test_refused_and_changed_prompts_are_the_only_ones_generated_again(tmp_path,
     assert after[0] == before[2]
 
 
-def test_no_response_at_all_is_an_error():
+def test_no_response_at_all_is_an_error(tmp_path):
+    engine = FakeEngine("0123")
+    engine.missing = Counter(refusal=3, empty=1)
     with pytest.raises(InputError, match=r"4 prompts without a response \(1 empty, 3 refusal\)"):
-        make_records(PROMPTS, {}, ["golden"], Counter(refusal=3, empty=1))
+        generate(tmp_path, engine)
 
 
-def test_a_result_that_lacks_prompts_is_an_error_unless_allowed():
-    check_complete([{}] * 4, PROMPTS, may_miss=False)
-    check_complete([{}] * 3, PROMPTS, may_miss=True)
+def test_a_result_that_lacks_prompts_is_written_and_an_error_unless_allowed(tmp_path):
     with pytest.raises(InputError, match="1 of 4 prompts have no response"):
-        check_complete([{}] * 3, PROMPTS, may_miss=False)
+        generate(tmp_path, FakeEngine("2"), may_miss=False)
+    assert len(read_json(tmp_path / "r.json")) == 3
+    assert len(generate(tmp_path, FakeEngine("2"), may_miss=True)) == 3
 
 
 def test_finished_responses_are_those_kept_and_those_of_the_result(tmp_path):
-    store = ResultStore(tmp_path / "r.json", {"seed": 1})
-    assert load_finished(store, FIELDS) == ({}, {})
     generate(tmp_path, FakeEngine("2"))
-    store.open()
+    store = ResultStore(tmp_path / "r.json", {"seed": 1})
     store.append(PROMPTS[2].key, [" new", ""])
-    kept, written = load_finished(store, FIELDS)
-    assert kept == {PROMPTS[2].key: [" new", ""]} and list(written) == [PROMPTS[i].key for i in (0, 1, 3)]
-    assert written[PROMPTS[0].key] == [" 0", " x"]
+    store.close()
+    engine = FakeEngine()
+    records = generate(tmp_path, engine)
+    assert [record["sample_0"] for record in records] == [" 0", " 1", " new", " 3"] and engine.seen == []

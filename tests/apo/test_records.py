@@ -13,7 +13,6 @@ from apo.cli import BadField, InputError
 from apo.records import (
     PreferenceRecord,
     find_response_keys,
-    iter_parsed,
     iter_preference_data,
     iter_records,
     iter_valid,
@@ -163,10 +162,11 @@ def test_fields_that_nothing_reads_are_named_in_one_line(tmp_path, caplog):
     read(tmp_path, pair() | more, {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 0})
     read(tmp_path, MESSAGES | {"chosen": [QUESTION, message]})
     load_preference_data(write_records(tmp_path / "b.json", [QUERY | {"ans_0": "", "sample_id": "1"}]), "sampled")
-    assert [line.split("number of records: ")[1] for line in caplog.messages] == [
-        "margin (2), system (1); put system into the prompt if the model should read it",
-        "chosen[].tool_calls (1)",
-        "sample_id (1)",
+    assert [line.split("number of records with: ")[1] for line in caplog.messages] == [
+        "field margin passed over (2); "
+        "field system passed over, which the model could read as a part of the prompt (1)",
+        "field chosen[].tool_calls passed over (1)",
+        "field sample_id passed over (1)",
     ]
 
 
@@ -182,12 +182,12 @@ def test_doubts_about_records_are_counted(tmp_path, caplog):
     ]
     found = read(tmp_path, pair("Why?", " So.", ""), pair("Why?", "Why? So.", " No."), *doubtful)
     names = ["empty_preferred", "repeated_prompts", "turns_in_responses", "no_prompt", "reasoning_in_responses"]
-    assert [record.doubts for record in found] == [[], [], *([name] for name in names)]
+    assert [record.remarks for record in found] == [[], [], *([name] for name in names)]
     [line] = caplog.messages
     assert line.count("(1)") == 5
     golden = {"query_id": "a", "query": "Why?", "golden": "<think>Hm.</think> So."}
     [record] = load_preference_data(write_records(tmp_path / "golden.json", [golden]), "golden")
-    assert record.doubts == ["reasoning_in_responses"]
+    assert record.remarks == ["reasoning_in_responses"]
 
 
 # ------------------------------------------------------------------------------------------------ validating
@@ -332,7 +332,7 @@ def test_wrong_query_record_is_reported(kind, record, message):
 def test_key_that_comes_twice_in_an_object_is_reported_where_it_is_read(tmp_path, form):
     """Not where a text only looks so, or where nothing reads the field."""
     lines = [json.dumps(pair(r'"a":1,"a":1 \":', ' "text": ')), json.dumps(pair()).replace(":", " :")]
-    lines += [json.dumps(pair())[:-1] + end for end in (', "n": 1, "n": 2}', ', "scores": [0, 1]}')]
+    lines += [json.dumps(pair())[:-1] + end for end in (', "n": 1, "n": 2}', ', "scores"  : [0, 1]}')]
     (tmp_path / "a.json").write_text("\n".join(lines) if form == "lines" else f"[{','.join(lines)}]")
     message = f'^{tmp_path}/a.json: (line|record) 4: field "scores": found an object with two values under one key,'
     with pytest.raises(InputError, match=message):
@@ -387,7 +387,7 @@ def test_all_bad_records_are_counted_and_the_first_five_shown(tmp_path):
         (b"[]", "the file is empty or holds no records"),
         (b'[{"a": 1},\n {"b" 2}]', "broken JSON at line 2 column 7"),
         (b'{"a": 1}\n\n{"b": 2', "broken JSON at line 3 column 8"),
-        (b'{"a": 1}\n7', "line 2: found the number 7, expected an object"),
+        (b'{"a": 1}\n7', "2 bad records: line 1: .*; line 2: found the number 7, expected an object"),
         (b'["a",\n"\xff"]', "line 2 cannot be read as UTF-8 .*0xff in position 7:"),
         (b'{"a": 1}\n\n"\xff"', "line 3 cannot be read as UTF-8 .*0xff in position 1:"),
         (b"[" + b"1" * 5000 + b"]", "unreadable JSON .Exceeds the limit"),
@@ -454,18 +454,22 @@ def test_lines_before_a_broken_one_are_read(tmp_path):
         next(records)
 
 
-def test_records_after_a_bad_one_are_parsed_but_not_valid(tmp_path):
+def test_records_after_a_bad_one_are_read_where_bad_ones_are_collected(tmp_path):
     def parse(raw: dict, default_id: str) -> str:
         if "bad" in raw:
             raise BadField("bad", "one", "none")
         return default_id
 
-    path = write_records(tmp_path / "a.json", [{}, {"bad": 1}, {}])
-    parsed = [(place, str(result)) for place, result in iter_parsed(path, parse)]
-    assert parsed == [("record 1", "0"), ("record 2", 'field "bad": found one, expected none'), ("record 3", "2")]
+    path = write_records(tmp_path / "a.json", [{}, {"bad": 1}, {}, 7])
+    problems: list[str] = []
+    assert list(iter_valid(path, parse, problems=problems)) == [("record 1", "0"), ("record 3", "2")]
+    assert problems == [
+        'record 2: field "bad": found one, expected none',
+        "record 4: found the number 7, expected an object",
+    ]
     records = iter_valid(path, parse)
     assert next(records) == ("record 1", "0")
-    with pytest.raises(InputError, match='record 2: field "bad"'):
+    with pytest.raises(InputError, match=r'2 bad records: record 2: field "bad".*; record 4: found'):
         next(records)
 
 

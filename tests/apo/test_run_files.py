@@ -31,9 +31,9 @@ def test_manifest_keeps_the_history(tmp_path):
     manifest = read_json(path)
     assert [run["seed"] for run in manifest["runs"]] == [0, 1, 2]
     assert {**manifest["runs"][-1], "runs": manifest["runs"]} == manifest
-    for text, message in (("{", "broken JSON"), ("[]", "found a list of 0, expected an object")):
+    for text in ("{", "[]"):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(InputError, match=rf"manifest.json: {message}"):
+        with pytest.raises(InputError, match=r"manifest.json: found no JSON object"):
             write_manifest(str(tmp_path), {"seed": 3, "world_size": 1}, [])
 
 

@@ -207,7 +207,7 @@ def test_run_that_does_not_end_well_is_recorded_and_its_model_is_named(tmp_path,
     with pytest.raises(type(error)), recorded_run(tmp_path, MADE_FROM, ["e"]):
         raise error
     recorded = json.loads((tmp_path / STATE).read_text())
-    assert (recorded["state"], recorded["error"]) == (state, str(error))
+    assert recorded["state"] == state and str(error) in recorded["error"]
     check_weights(tmp_path)
     assert f"has not finished ({state})" in caplog.text
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import load_model, make_bpe_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, StopStringCriteria
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from apo import sampling
 from apo.cli import InputError, raise_interrupt
@@ -16,7 +16,6 @@ from apo.prompts import Prompt
 from apo.sampling import (
     GumbelNoise,
     LocalEngine,
-    form_batches,
     load_llm,
     load_tokenizer,
     sampling_steps,
@@ -38,10 +37,20 @@ def llm(base_llama):
     return load_llm(str(base_llama), "float32", tokenizer), tokenizer
 
 
+def new_engine(path, batch_size: int = 1, **changes) -> LocalEngine:
+    """An engine for `QUERIES`, with changes of `DECODING`."""
+    rendered = {Prompt("", str(i), query): query for i, query in enumerate(QUERIES)}
+    flags = {"model_name_or_path": str(path), "prompt_template": "plain", "dtype": "float32", "seed": 1}
+    flags |= {"max_length": 64, "per_device_eval_batch_size": batch_size}
+    config, decoding = AutoConfig.from_pretrained(path), replace(DECODING, **changes)
+    return LocalEngine(rendered, config, decoding, argparse.Namespace(**flags))
+
+
 def continue_prompts(llm, token_ids, seeds, *, stop_string: str = "\nHuman", **changes) -> list[str]:
-    stop = StopStringCriteria(llm[1], [stop_string])
-    decoding = replace(DECODING, **changes)
-    return sampling.continue_prompts(*llm, token_ids=token_ids, seeds=seeds, decoding=decoding, stop=stop)
+    model, tokenizer = llm
+    engine = new_engine(tokenizer.name_or_path, **changes)
+    engine.stop_strings = (stop_string,)
+    return engine.continue_prompts(model, token_ids, seeds)
 
 
 def test_argmax_with_noise_is_a_draw():
@@ -140,11 +149,7 @@ def make_engine(base_llama, monkeypatch):
     def make(batch_size: int, rank: int = 0, world: int = 1) -> LocalEngine:
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", str(world))
-        rendered = {Prompt("", str(i), query): query for i, query in enumerate(QUERIES)}
-        flags = {"model_name_or_path": str(base_llama), "prompt_template": "plain", "dtype": "float32", "seed": 1}
-        flags |= {"max_length": 64, "per_device_eval_batch_size": batch_size}
-        config, decoding = AutoConfig.from_pretrained(base_llama), replace(DECODING, num_samples=2)
-        return LocalEngine(rendered, config, decoding, argparse.Namespace(**flags))
+        return new_engine(base_llama, batch_size, num_samples=2)
 
     return make
 
@@ -171,9 +176,8 @@ def test_without_prompts_no_model_is_loaded(make_engine, monkeypatch):
     assert run(make_engine(1, 4, 5), []) == {}
 
 
-def test_batches_hold_prompts_of_similar_length():
-    token_ids = {name: [0] * n for name, n in {"a": 3, "b": 9, "c": 1, "d": 9, "e": 4}.items()}
-    assert form_batches(token_ids, 2) == [["b", "d"], ["e", "a"], ["c"]]
+def test_batches_hold_prompts_of_similar_length(make_engine):
+    assert [[prompt.query_id for prompt in batch] for batch in make_engine(3).batches] == [["1", "3", "2"], ["0"]]
 
 
 def test_long_prompts_keep_bos_and_their_last_tokens(llm, caplog):

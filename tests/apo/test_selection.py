@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +18,9 @@ from apo.selection import (
     check_origin,
     find_score_file,
     load_scored_prompts,
-    make_report,
+    share_of_ties,
     to_pairs,
     to_text_scores,
-    with_target,
 )
 from apo.statistics import best_of_weights, expected_best, mean_and_interval
 
@@ -52,9 +50,6 @@ def test_best_response_is_the_first_nonempty_one_with_the_largest_reward():
     """Rewards 5, 1, 2, 2, 0: the response with 5 is white space; of the two with 2 the first is taken."""
     prompt = scored((" \n", 5.0), (" a", 1.0), (" b", 2.0), (" c", 2.0), (" d", 0.0))
     assert prompt.candidates == ["sample_2", "sample_3", "sample_1", "sample_4"]
-    record = with_target(prompt)
-    assert record["target"] == " b"
-    assert record["scores"] == {"sample_0": 5.0, "sample_1": 1.0, "sample_2": 2.0, "sample_3": 2.0, "sample_4": 0.0}
 
 
 def test_pair_is_best_over_worst_of_the_trainable_responses():
@@ -66,9 +61,7 @@ def test_pair_is_best_over_worst_of_the_trainable_responses():
         scored((" a", 1.0), (" a ", 1.1)),
         scored((" a", 1.0), (" b", 2.0), query="with <sep>"),
     ]
-    skipped: Counter[str] = Counter()
-    assert to_pairs(prompts, skipped) == [{"prompt": QUERY, "chosen": " b", "rejected": " d", "query_id": "x:1"}]
-    assert skipped == {"fewer than two answers": 2, "equal rewards": 1, "equal answers": 1}
+    assert to_pairs(prompts) == [{"prompt": QUERY, "chosen": " b", "rejected": " d", "query_id": "x:1"}]
     items = to_text_scores(prompts)
     assert items[0] == {
         "text": [f"{QUERY}<sep> {letter}" for letter in "abd"],
@@ -122,30 +115,23 @@ def test_interval_by_hand():
 def test_best_of_n_averages_over_the_prompts_with_n_responses():
     """Prompt A has rewards 1, 3 and an empty response, prompt B 0, 0, 6.
 
-    n = 1: (2 + 2) / 2 = 2. n = 2: A 3; B (0,0), (0,6), (0,6): 4; mean 3.5, gain (1 + 2) / 2.
-    n = 3: B alone, 6, gain 4.
+    n = 1: (2 + 2) / 2 = 2. n = 2: A 3; B (0,0), (0,6), (0,6): 4; mean 3.5. n = 3: B alone, 6.
     """
     rows = best_of_n([scored((" a", 1.0), ("", 9.0), (" b", 3.0)), scored((" a", 0.0), (" b", 0.0), (" c", 6.0))])
     assert [(row["n"], row["prompts"]) for row in rows] == [(1, 2), (2, 2), (3, 1)]
     assert [row["mean"] for row in rows] == pytest.approx([2, 3.5, 6])
-    assert [row["gain"] for row in rows] == pytest.approx([0, 1.5, 4])
     assert rows[2]["interval_95"] is None
 
 
-def test_report_counts_ties_for_the_best_and_lengths_in_characters():
-    """Two of four prompts tie for the best; chosen 4, 3 and 3 characters, rejected 2, 2 and 9."""
+def test_ties_are_those_for_the_best():
+    """Two of four prompts."""
     prompts = [
         scored((" abc", 2.0), (" d", 1.0)),
         scored((" ab", 2.0), (" cd", 2.0), (" e", 0.0)),
         scored((" a", 1.0), (" b", 1.0)),
         scored((" ab", 1.0), (" cdefghij", 0.0)),
     ]
-    report = make_report(prompts, to_pairs(prompts, Counter()))
-    assert (report["prompts"], report["ties"], report["pairs"]) == (4, 0.5, 3)
-    assert report["length"] == {
-        "chosen": {"mean": pytest.approx(10 / 3), "median": 3.0},
-        "rejected": {"mean": pytest.approx(13 / 3), "median": 2.0},
-    }
+    assert share_of_ties(prompts) == 0.5
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -169,15 +155,12 @@ def test_score_file_may_be_given_by_its_folder_and_suffix(tmp_path):
     apo = write_records(folder / "samples_pred_apo_results.json", [])
     assert find_score_file(data, folder, "apo") == apo
     assert find_score_file(data, base, None) == base
-    assert find_score_file(folder / "samples.json", None, "apo") == apo
-    for score_path, suffix, message in (
-        (folder, None, r"found 2 \(samples_pred_apo_results.json; samples_pred_base_results.json\), expected one"),
-        (folder, "*", r"found none, expected one samples_pred_\*_results.json; name the suffix by --rm_scorer"),
-        (None, "apo", f"{tmp_path}: found none, expected one samples_pred_apo_results.json"),
-        (None, None, "found neither --score_path nor --rm_scorer"),
+    for suffix, message in (
+        (None, "found samples_pred_apo_results.json; samples_pred_base_results.json, expected one"),
+        ("*", r"found none, expected one samples_pred_\*_results.json; see --rm_scorer"),
     ):
         with pytest.raises(InputError, match=message):
-            find_score_file(data, score_path, suffix)
+            find_score_file(data, folder, suffix)
 
 
 @pytest.mark.parametrize(
@@ -186,18 +169,18 @@ def test_score_file_may_be_given_by_its_folder_and_suffix(tmp_path):
         (
             [sampled(i, " a", " b") for i in "abcdefg"],
             [{"a:sample_0": 1, "a:sample_1": 1, "b:sample_1": 1}],
-            r'not the rewards of .*samples.json: 11 of 14 responses have no reward, those of 6 ids: "b"; "c"; "d"; "e"'
-            r'; "f"; and 1 more; give the file that train.py',
+            r"not the rewards of .*samples.json: found no reward named b:sample_0; c:sample_0; c:sample_1; "
+            r"d:sample_0; d:sample_1; and 6 more; give the file that train.py",
         ),
         (
             [sampled("a", " a")],
             [{"a:sample_0": 1, "a:sample_1": 1, "z:1:sample_0": 1, "none": 1}],
-            r'3 of 4 rewards have no response, those of 3 ids: "a"; "none"; "z:1"; give',
+            "found no response named a:sample_1; none; z:1:sample_0; give",
         ),
         (
             [sampled("a", " a")],
             [{"b:sample_0": 1}],
-            r'1 of 1 responses have no reward, those of 1 id: "a"; 1 of 1 rewards have no response',
+            "found no reward named a:sample_0; give",
         ),
     ],
 )

@@ -6,7 +6,7 @@ import torch
 from conftest import CHECKPOINT, E2E, TINY_SIZES, forward, load_model, run_main, training_losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import BloomConfig, Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig, Qwen2MoeConfig
 
 from apo.tree import TREE_ATTENTIONS, build_token_tree, choose_attention
 from models import POOLING_TYPES, RewardModel, RewardSettings
@@ -227,6 +227,24 @@ def test_attention_fits_model_and_device(batching, dropout, device, expected, ca
     assert choose_attention(config, batching, torch.device(device), torch.float32) == expected
     assert ("tree" if expected in TREE_ATTENTIONS else "padded") in caplog.text
     assert ("dropout" in caplog.text) == (dropout > 0)
+
+
+@pytest.mark.parametrize(
+    "config, expected, reason",
+    [
+        (Qwen2MoeConfig(), "sdpa", "trees are not tested for models of type qwen2_moe"),
+        (BloomConfig(), "eager", "trees are not tested for models of type bloom"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "sdpa", "the model is not causal"),
+        (LlamaConfig(is_causal=False), "sdpa", "the model is not causal"),
+        (GPT2Config(attn_pdrop=0.0), "sdpa", "the model has dropout: resid_pdrop 0.1, embd_pdrop 0.1"),
+        (Gemma2Config(attention_dropout=0.1), "eager", "the model has dropout: attention_dropout 0.1"),
+    ],
+)
+def test_model_that_trees_do_not_fit_is_padded(config, expected, reason, caplog):
+    """With `eager` attention where the architecture has no other."""
+    caplog.set_level("INFO")
+    assert choose_attention(config, "tree", torch.device("cpu"), torch.float32) == expected
+    assert caplog.messages == [f"batching: padded, attention: {expected} ({reason})"]
 
 
 def test_flex_attention_that_does_not_compile_falls_back_to_the_mask(caplog):

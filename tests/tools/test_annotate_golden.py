@@ -7,7 +7,7 @@ import pytest
 from conftest import command_line, pair, read_json, write_records
 
 from tools import annotate_golden
-from tools.annotate_golden import describe_cost, estimate_prompt_tokens
+from tools.annotate_golden import estimate_prompt_tokens
 from tools.apo_data_converter import convert, load_responses
 
 PROMPTS = [f"\n\nHuman: What is {i}?\n\nAssistant:" for i in range(5)]
@@ -43,7 +43,7 @@ def test_the_converter_reads_the_result(annotate, server, tmp_path, capsys):
     samples = [{"query_id": str(i), "query": q, "sample_0": " No idea at all."} for i, q in enumerate(PROMPTS)]
     sampled = load_responses(write_records(tmp_path / "s.json", samples), "sampled")
     pairs = convert(load_responses(path, "golden"), sampled)
-    assert pairs.num_pairs == 5
+    assert len(pairs.items) == 5
     assert sorted(file.name for file in tmp_path.glob("g.*")) == ["g.json", "g.settings.json"]
 
 
@@ -57,14 +57,12 @@ def test_requests_hold_the_flags_that_are_set(annotate, server):
     assert set(server.requests[0]["body"]) == {"model", "messages", "max_completion_tokens", "temperature", "seed"}
 
 
-def test_failures_change_nothing_and_are_counted(annotate, server, caplog):
-    caplog.set_level("INFO")
+def test_failures_change_nothing_and_cut_responses_are_counted(annotate, server, caplog):
     expected = annotate("undisturbed.json").read_bytes()
     server.requests, server.failures = [], ["429", "500", "cut", ""]
     assert annotate("disturbed.json").read_bytes() == expected
     assert len(server.completed()) == 5
-    assert "5 responses, 3 requests retried, 35 prompt tokens and 15 completion tokens" in caplog.text
-    assert "5 responses break off (finish_reason length) after 3 tokens on average; --max_new_tokens: 4" in caplog.text
+    assert "5 responses break off (finish_reason length)" in caplog.text
 
 
 def test_an_interrupted_run_pays_for_no_response_twice(annotate, server, capsys):
@@ -95,21 +93,16 @@ def test_the_estimate_is_logged_before_the_first_request(annotate, server, caplo
     """Each prompt "What is 0?" is 10 bytes: 4 tokens, and 4 for the message; 5 x 8 = 40 in, 5 x 4 = 20 out; at
     0.02 and 0.1 a token: 0.8 + 2.0."""
     caplog.set_level("INFO")
-    annotate(dry_run=[], price_per_million_input=20_000, price_per_million_output=100_000)
-    expected = (
-        "5 prompts to request, at most about 40 prompt tokens and 20 completion tokens: 2.80 at the given prices"
-    )
+    annotate(dry_run=[], price_per_million=[20_000, 100_000])
+    expected = "5 prompts: at most about 40 prompt tokens and 20 completion tokens, 2.80 at the given prices"
     assert expected in caplog.text
     assert server.requests == [] and list(tmp_path.glob("g*")) == []
 
 
-def test_estimate_and_cost_by_hand():
+def test_estimate_by_hand():
     """5 bytes are 2 tokens, and so are two characters of 3 bytes; 4 for each message: 2 + 4 + 2 + 4 = 12."""
     dialogue = [{"role": "system", "content": "12345"}, {"role": "user", "content": "什么"}]
     assert estimate_prompt_tokens([dialogue]) == 12
-    cost = describe_cost(2_000_000, 1_000, (2.5, 10.0))
-    assert cost == "2,000,000 prompt tokens and 1,000 completion tokens: 5.01 at the given prices"
-    assert describe_cost(1, 2, (None, None)) == "1 prompt tokens and 2 completion tokens"
 
 
 def test_refused_prompts_are_left_out_and_requested_by_the_next_run(annotate, server, tmp_path, caplog):
@@ -192,7 +185,7 @@ def test_a_bad_folder_is_an_error_before_the_first_request(annotate, server, tmp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"price_per_million_input": 1}, "--price_per_million_output together, found one"),
+        ({"price_per_million": 1}, "--price_per_million: expected 2 arguments"),
         ({"name": "g.jsonl"}, "expected a name that ends in .json"),
     ],
 )

@@ -134,7 +134,6 @@ def test_responses_that_make_no_pair_are_skipped_and_counted(files):
         "sampled same as golden": 2,
         "sampled with <sep>": 1,
     }
-    assert (result.num_matched, result.num_pairs) == (2, 1)
 
 
 @pytest.mark.parametrize(

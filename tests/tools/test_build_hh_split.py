@@ -25,7 +25,6 @@ from tools.build_hh_split import (
     partition,
     remove_prompts,
     split_dialogue,
-    to_record,
 )
 
 RM, LLM, BOTH, VALID, TEST = FILES
@@ -56,8 +55,8 @@ def run_main(*arguments: object) -> int | None:
         sys.argv = argv
 
 
-def prompts_of(path: Path) -> list[str]:
-    return [record["text"][0].split("<sep>")[0] for record in read_json(path)]
+def prompts_of(records: list[dict]) -> list[str]:
+    return [record["text"][0].split("<sep>")[0] for record in records]
 
 
 # ------------------------------------------------------------------------------------------------ cleaning
@@ -72,7 +71,7 @@ def test_dialogue_is_split_after_its_last_assistant_turn():
 def test_record_is_the_pair_with_the_separator_and_its_hash():
     groups, _ = group(dialogues("Why?"))
     content = "Human: Why? Assistant:\nYes.\nNo."
-    assert [to_record(pair) for pair in groups["Human: Why? Assistant:"]] == [
+    assert groups["Human: Why? Assistant:"] == [
         {
             "text": [prompt("Why?") + "<sep> Yes.", prompt("Why?") + "<sep> No."],
             "scores": [1.0, 0.0],
@@ -101,9 +100,9 @@ def test_dialogues_that_make_no_pair_are_dropped_and_counted_by_reason():
         dialogues("How?\n\nAssistant: So."),
         {"chosen": "\n\nAssistant: So.", "rejected": "\n\nAssistant: No."},
     )
-    assert [[(pair.chosen, pair.rejected) for pair in pairs] for pairs in groups.values()] == [
-        [(" Yes.", " No."), (" No.", " Yes.")],
-        [(" So.", " No.")],
+    assert [[[text.split("<sep>")[1] for text in pair["text"]] for pair in pairs] for pairs in groups.values()] == [
+        [[" Yes.", " No."], [" No.", " Yes."]],
+        [[" So.", " No."]],
     ]
     assert dropped == {
         "duplicate": 1,
@@ -119,7 +118,8 @@ def test_dialogues_that_make_no_pair_are_dropped_and_counted_by_reason():
 def test_training_prompts_that_are_in_test_are_removed_and_their_pairs_counted():
     train, dropped = group(dialogues("a"), dialogues("b"), dialogues("b", " So."), dialogues("c"))
     test, _ = group(dialogues("b\n"), dialogues("d"))
-    assert list(remove_prompts(train, test, dropped)) == [normalize_space(prompt("a")), normalize_space(prompt("c"))]
+    remove_prompts(train, test, dropped)
+    assert list(train) == [normalize_space(prompt("a")), normalize_space(prompt("c"))]
     assert dropped == {"prompt also in test": 2}
 
 
@@ -135,7 +135,7 @@ def test_pairs_of_a_prompt_stay_together_and_sizes_are_met():
     for seed in range(20):
         parts = partition(groups, {"rm": 4, "valid": 2}, seed)
         assert {name: len(pairs) for name, pairs in parts.items()} == {"rm": 4, "valid": 2, "llm": 5}
-        counts = [Counter(pair.prompt for pair in pairs) for pairs in parts.values()]
+        counts = [Counter(prompts_of(pairs)) for pairs in parts.values()]
         assert sum(map(len, counts)) == len(num_pairs)
         assert sum(counts, Counter()) == {prompt(str(n)): size for n, size in enumerate(num_pairs)}
 
@@ -149,12 +149,10 @@ def test_seed_determines_the_partition():
 
 def test_sizes_that_do_not_fit_are_refused():
     groups, _ = group(*(dialogues(str(n)) for n in range(5)))
-    with pytest.raises(
-        InputError, match=r"found 5 training pairs .* expected more than 5 \(--rm_size 3 --valid_size 2"
-    ):
+    with pytest.raises(InputError, match=r"found 5 training pairs .* left for llm .*--rm_size 3 --valid_size 2"):
         partition(groups, {"rm": 3, "valid": 2}, 0)
     groups, _ = group(*(dialogues("one", f" {n}.") for n in range(5)))
-    with pytest.raises(InputError, match=r"found no prompt that fits rm, valid \(--rm_size 2 --valid_size 1\)"):
+    with pytest.raises(InputError, match=r"left for rm, valid or fits there \(--rm_size 2 --valid_size 1\)"):
         partition(groups, {"rm": 2, "valid": 1}, 0)
 
 
@@ -174,18 +172,18 @@ def test_no_prompt_is_in_two_parts(train_records, test_records, rm_size, valid_s
     train, dropped = group(*(dialogues(**record) for record in train_records))
     num_grouped = sum(map(len, train.values()))
     assert num_grouped + dropped.total() == len(train_records)
-    train = remove_prompts(train, test, dropped)
+    remove_prompts(train, test, dropped)
     sizes = {"rm": rm_size, "valid": valid_size}
     try:
         parts = partition(train, sizes, seed=0)
     except InputError:
         return
-    sides = [{normalize_space(pair.prompt) for pair in pairs} for pairs in parts.values()] + [set(test)]
+    sides = [set(map(normalize_space, prompts_of(pairs))) for pairs in parts.values()] + [set(test)]
     assert sum(map(len, sides)) == len(set().union(*sides)) == len(train) + len(test)
-    ids = [pair.query_id for pairs in parts.values() for pair in pairs]
+    ids = [pair["query_id"] for pairs in parts.values() for pair in pairs]
     assert len(ids) == len(set(ids)) == sum(map(len, train.values()))
     assert all(len(parts[name]) <= size for name, size in sizes.items())
-    smallest_left = min(len(train[normalize_space(pair.prompt)]) for pair in parts["llm"])
+    smallest_left = min(len(train[normalize_space(prompt)]) for prompt in prompts_of(parts["llm"]))
     assert all(len(parts[name]) + smallest_left > size for name, size in sizes.items())
 
 
@@ -210,7 +208,7 @@ def test_command_line_writes_the_layout_and_a_manifest_that_fits(sources, tmp_pa
     assert {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()} == {*FILES, MANIFEST}
     assert {name: len(read_json(out / name)) for name in FILES} == {RM: 20, LLM: 28, BOTH: 48, VALID: 10, TEST: 8}
     assert read_json(out / BOTH) == read_json(out / RM) + read_json(out / LLM)
-    parts = [prompts_of(out / name) for name in (RM, LLM, VALID, TEST)]
+    parts = [prompts_of(read_json(out / name)) for name in (RM, LLM, VALID, TEST)]
     assert sum(map(len, parts)) == len(set().union(*parts)) == 66
     for name in FILES:
         assert all(record.scores == [1, 0] for record in load_preference_data(out / name, "comparison_pair", True))
@@ -237,15 +235,6 @@ def test_command_line_writes_the_layout_and_a_manifest_that_fits(sources, tmp_pa
     before = {name: (out / name).read_bytes() for name in (*FILES, MANIFEST)}
     assert run_main(*sources, "--output_dir", out) is None
     assert {name: (out / name).read_bytes() for name in before} == before
-
-
-def test_data_without_test_files_gives_a_test_part_of_its_own(sources, tmp_path):
-    flags = [*sources[:3], "--test_size", 12, "--rm_size", 20, "--valid_size", 10]
-    assert run_main(*flags, "--output_dir", tmp_path / "out") is None
-    counts = {name: len(read_json(tmp_path / "out" / name)) for name in FILES}
-    assert counts == {RM: 20, LLM: 18, BOTH: 38, VALID: 10, TEST: 12}
-    parts = [set(prompts_of(tmp_path / "out" / name)) for name in (RM, LLM, VALID, TEST)]
-    assert len(set().union(*parts)) == 60
 
 
 def test_query_ids_do_not_depend_on_sizes_or_seed(sources, tmp_path):
@@ -294,22 +283,17 @@ def test_failed_download_is_one_line(monkeypatch):
     with pytest.raises(
         InputError, match=r"cannot be downloaded \(not cached, and offline\); give its files by --train"
     ):
-        download(["helpful-base"], "test")
+        download("test")
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--train_data_path", "a.jsonl.gz"], "found neither --test_data_path nor --test_size"),
-        (["--test_data_path", "a.jsonl.gz", "--test_size", 5], "--test_size: not allowed with argument --test_data"),
-        (["--test_size", 5], "without --train_data_path: the Hub has its own test files"),
-        (
-            ["--train_data_path", "a", "--test_size", 1, "--subsets", "helpful-base"],
-            "--subsets: not allowed with argument --train_data_path",
-        ),
+        (["--train_data_path", "a.jsonl.gz"], "found one of --train_data_path and --test_data_path, expected both"),
+        (["--test_data_path", "a.jsonl.gz"], "found one of --train_data_path and --test_data_path, expected both"),
         (["--rm_size", 0], "--rm_size: found 0, expected a whole number of at least 1"),
         (
-            ["--train_data_path", "messages.json", "--test_size", 1],
+            ["--train_data_path", "messages.json", "--test_data_path", "a.jsonl.gz"],
             'record 1: field "chosen": found a list of 1, expect',
         ),
         (["--train_data_path", "a.jsonl.gz", "--test_data_path", "empty.json"], "no test pair is left after cleaning"),
@@ -326,4 +310,4 @@ def test_wrong_input_is_refused_and_nothing_is_written(sources, tmp_path, monkey
 
 def test_output_folder_that_cannot_be_made_is_one_line(sources, capsys):
     assert run_main(*sources, "--output_dir", sources[1] / "out") == 2
-    assert "out: cannot be written (Not a directory); give another --output_dir" in capsys.readouterr().err
+    assert "cannot be written ([Errno 20] Not a directory" in capsys.readouterr().err

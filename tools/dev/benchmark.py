@@ -12,9 +12,8 @@
 All have the same weights, data, precision, AdamW and pooling, and run the `training_step` or `predict` of a Trainer,
 data loading included; schedule, logging, checkpoints and tokenising are left out. A prompt with several pairs is one
 item for `tree`; for the others its pairs are shuffled and accumulated, so that all make the same updates. The learning
-rate is 0, so that "check", the mean loss or reward, shows that all compute the same function. In every round the
-contestants take turns; a ratio is the median over the rounds. "Of matrix rate" compares 2 operations per weight of a
-linear layer and token, times 3 in training, with a plain matrix product in the same round: a lower bound. Linux only.
+rate is 0, so that "check", the mean loss or reward, shows that all compute the same function. Linux only. The numbers
+are explained in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -46,6 +45,7 @@ import transformers
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 
 from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, write_json
@@ -66,14 +66,6 @@ CONTESTANTS = {
 }
 WORKLOADS = {"hh_pairs": 512, "apo_groups": 512, "long_prompts": 2048}  # and their longest sequences
 LONG_PROMPT, SHORT_RESPONSE = 1500, 64  # tokens, of long_prompts
-COLUMNS = {
-    "items_per_second": ("items/s", ".2f"),
-    "tokens_per_pair": ("tokens/pair", ".0f"),
-    "tokens_per_response": ("tokens/response", ".0f"),
-    "peak_memory_mib": ("peak MiB", ",.0f"),
-    "share_of_matrix_rate": ("of matrix rate", ".1%"),
-    "check": ("check", ".5f"),
-}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 Row = dict[str, Any]  # of `tokenize_records`
@@ -178,8 +170,9 @@ def pad_to_max_length(collator: RewardDataCollator, max_length: int, items: list
     """The reference's batch: padded to `max_length` unless it is a single item; its dummy responses do not occur."""
     batch = collator(items)
     if len(items) > 1:
-        for key, value in (("input_ids", collator.pad_token_id), ("attention_mask", 0)):
-            batch[key] = F.pad(batch[key], (0, max_length - batch[key].shape[1]), value=value)
+        padding = (0, max_length - batch["input_ids"].shape[1])
+        batch["input_ids"] = F.pad(batch["input_ids"], padding, value=collator.pad_token_id)
+        batch["attention_mask"] = F.pad(batch["attention_mask"], padding)
     return batch
 
 
@@ -278,8 +271,8 @@ def measure(contestant: Contestant, groups: list[Row], args: argparse.Namespace)
         "items_per_second": len(groups) / seconds,
         f"tokens_per_{unit}": contestant.num_tokens / num_units,
         "peak_memory_mib": (peak_memory() - before) / 2**20,
-        "tflops_per_second": contestant.operations_per_token * contestant.num_tokens / seconds / 1e12,
         "check": check,
+        "operations_per_second": contestant.operations_per_token * contestant.num_tokens / seconds,
     }
 
 
@@ -288,14 +281,12 @@ def race(contestants: list[Contestant], rounds: list[list[Row]], args: argparse.
     first = contestants[0]
     weight = first.trainer.model.model.layers[0].mlp.up_proj.weight
     results: dict[str, list[dict]] = {contestant.name: [] for contestant in contestants}
-    for i, groups in enumerate(rounds):
+    for groups in tqdm(rounds, unit="round"):
         measured = {contestant.name: measure(contestant, groups, args) for contestant in contestants}
-        rate = matrix_rate(first.num_tokens // first.num_passes, weight) / 1e12
+        rate = matrix_rate(first.num_tokens // first.num_passes, weight)
         for name, values in measured.items():
-            share = values["tflops_per_second"] / rate
-            results[name].append({**values, "matrix_tflops_per_second": rate, "share_of_matrix_rate": share})
-        speeds = ", ".join(f"{name} {history[-1]['items_per_second']:.3g}" for name, history in results.items())
-        print(f"round {i} of {args.rounds}: {speeds} items/s", file=sys.stderr)
+            share = values.pop("operations_per_second") / rate
+            results[name].append({**values, "share_of_matrix_rate": share})
     return {name: history[1:] for name, history in results.items()}
 
 
@@ -315,14 +306,10 @@ def summarize(results: dict[str, list[dict]]) -> dict[str, dict[str, Any]]:
 
 
 def format_race(summary: dict[str, dict[str, Any]]) -> str:
-    """The table of one workload."""
-    first, *_ = summary
-    columns = {key: column for key, column in COLUMNS.items() if key in summary[first]}
-    rows = []
-    for name, values in summary.items():
-        ratio = "{:.2f} ({:.2f} to {:.2f})".format(values["first_is_faster"], *values["first_is_faster_range"])
-        rows.append((name, *(format(values[key], spec) for key, (_, spec) in columns.items()), ratio))
-    return format_table(("contestant", *(title for title, _ in columns.values()), f"{first} is faster by"), rows)
+    """The table of one workload; the ranges and rounds are in the file only."""
+    keys = [key for key, value in next(iter(summary.values())).items() if isinstance(value, float)]
+    rows = [(name, *(f"{values[key]:.5g}" for key in keys)) for name, values in summary.items()]
+    return format_table(("contestant", *keys), rows)
 
 
 def parse_args() -> argparse.Namespace:
@@ -381,9 +368,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     packages = {name: version(name) for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)}
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or "cpu"
-    machine = {"device": device, "dtype": str(DTYPE).removeprefix("torch.")}
-    machine |= {"packages": packages, "commit": git_commit()}
-    print(f"{args.mode} on {machine['device']}, {args.threads} threads, {machine['dtype']}, data of {args.data_dir}")
+    machine = {"device": device, "dtype": str(DTYPE), "packages": packages, "commit": git_commit()}
     summaries = {}
     with tempfile.TemporaryDirectory() as folder:
         model_path = args.model_name_or_path or make_model(args, Path(folder, "model"))

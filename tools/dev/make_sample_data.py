@@ -15,7 +15,7 @@ Validation and test prompts are about tasks that no training prompt mentions.
 import argparse
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from apo.records import SEPARATOR
 
 REPO_ROOT = Path(__file__).resolve().parents[2]
 TEXTS = yaml.safe_load(Path(__file__).with_name("sample_texts.yaml").read_text(encoding="utf-8"))
+STEPS = TEXTS["tasks"]  # task, the subject of a question -> four steps that answer it
 
 NUM_SAMPLED = 4  # sampled responses per prompt
 LABEL_NOISE = 0.1  # share of human pairs whose labels are swapped
@@ -45,37 +46,30 @@ HUMAN_PREFERENCES = {
 }
 
 
-class Task(NamedTuple):
-    """The subject of a question, and four steps that answer it."""
-
-    name: str
-    steps: list[str]
-
-
 class Prompt(NamedTuple):
     """A dialogue that ends in `Assistant:`, and the task that it asks about."""
 
     query_id: str
     query: str
-    task: Task
+    task: str
 
 
-def make_prompts(rng: random.Random, tasks: list[Task], count: int, ids: Iterator[int]) -> list[Prompt]:
+def make_prompts(rng: random.Random, tasks: list[str], count: int, ids: Iterator[int]) -> list[Prompt]:
     """Draws `count` different prompts about `tasks`; one in eight has an earlier exchange."""
     combinations = list(itertools.product(tasks, TEXTS["questions"], TEXTS["situations"]))
     prompts = []
     for task, question, situation in rng.sample(combinations, count):
         earlier = rng.choice(TEXTS["earlier_turns"]) if rng.random() < 1 / 8 else None
         opening = "\n\nHuman: {}\n\nAssistant: {}".format(*earlier) if earlier else ""
-        query = f"{opening}\n\nHuman: {question.format(task=task.name)}{situation}\n\nAssistant:"
+        query = f"{opening}\n\nHuman: {question.format(task=task)}{situation}\n\nAssistant:"
         prompts.append(Prompt(f"made_{next(ids)}", query, task))
     return prompts
 
 
-def concrete_steps(rng: random.Random, task: Task) -> str:
+def concrete_steps(rng: random.Random, task: str) -> str:
     """A sentence with two steps of the task, in their order."""
-    a, b = sorted(rng.sample(range(len(task.steps)), 2))
-    return rng.choice(TEXTS["steps"]).format(a=task.steps[a], b=task.steps[b])
+    a, b = sorted(rng.sample(range(len(STEPS[task])), 2))
+    return rng.choice(TEXTS["steps"]).format(a=STEPS[task][a], b=STEPS[task][b])
 
 
 def join_parts(*parts: str) -> str:
@@ -83,60 +77,54 @@ def join_parts(*parts: str) -> str:
     return "".join(f" {part}" for part in parts if part)
 
 
-def make_response(rng: random.Random, task: Task, polite: bool = True, concrete: bool = True) -> str:
+def make_response(rng: random.Random, task: str, polite: bool = True, concrete: bool = True) -> str:
     """A response without a flaw; a golden response is polite and concrete."""
     manner = "polite" if polite else "rude"
     opener, closer = rng.choice(TEXTS[f"{manner}_openers"]), rng.choice(TEXTS[f"{manner}_closers"])
     return join_parts(opener, concrete_steps(rng, task) if concrete else rng.choice(TEXTS["empty_talk"]), closer)
 
 
-def repeat_step(rng: random.Random, task: Task, other: Task) -> str:
+def repeat_step(rng: random.Random, task: str, other: str) -> str:
     """Repeats one step."""
-    step = rng.choice(task.steps)
+    step = rng.choice(STEPS[task])
     link = rng.choice((", then ", " and ", ", and then "))
     repeats = link.join([step] * rng.randint(3, 4))
     return join_parts(rng.choice(TEXTS["polite_openers"]), f"First {repeats}.", rng.choice(TEXTS["polite_closers"]))
 
 
-def stop_early(rng: random.Random, task: Task, other: Task) -> str:
+def stop_early(rng: random.Random, task: str, other: str) -> str:
     """Stops in the middle of a sentence."""
     opener = rng.choice(TEXTS["polite_openers"])
     return join_parts(opener, concrete_steps(rng, task).rstrip(".") + rng.choice(TEXTS["unfinished"]))
 
 
-def add_filler(rng: random.Random, task: Task, other: Task) -> str:
+def add_filler(rng: random.Random, task: str, other: str) -> str:
     """Adds a sentence without meaning, in a learned tone."""
     middle = [concrete_steps(rng, task), rng.choice(TEXTS["filler"])]
     rng.shuffle(middle)
     return join_parts(rng.choice(TEXTS["polite_openers"]), *middle, rng.choice(TEXTS["polite_closers"]))
 
 
-def change_subject(rng: random.Random, task: Task, other: Task) -> str:
+def change_subject(rng: random.Random, task: str, other: str) -> str:
     """Starts well and ends with another task."""
-    end = rng.choice(TEXTS["drifts"]).format(task=other.name, c=rng.choice(other.steps))
+    end = rng.choice(TEXTS["drifts"]).format(task=other, c=rng.choice(STEPS[other]))
     return join_parts(rng.choice(TEXTS["polite_openers"]), concrete_steps(rng, task), end)
 
 
-def answer_another_question(rng: random.Random, task: Task, other: Task) -> str:
+def answer_another_question(rng: random.Random, task: str, other: str) -> str:
     """A good response to another question; hard to see without comparing it with the prompt."""
     return make_response(rng, other)
 
 
 # flaw -> how often
-FLAWS: dict[Callable[[random.Random, Task, Task], str], int] = {
-    repeat_step: 27,
-    stop_early: 21,
-    add_filler: 19,
-    change_subject: 18,
-    answer_another_question: 15,
-}
+FLAWS = {repeat_step: 27, stop_early: 21, add_filler: 19, change_subject: 18, answer_another_question: 15}
 
 
-def make_sampled(rng: random.Random, task: Task, tasks: list[Task]) -> str:
+def make_sampled(rng: random.Random, task: str, tasks: list[str]) -> str:
     """A sampled response: polite and concrete, with one flaw; one in twenty continues as the user."""
     other = rng.choice([candidate for candidate in tasks if candidate != task])
     flaw = rng.choices(list(FLAWS), weights=list(FLAWS.values()))[0]
-    run_on = TEXTS["run_on"].format(task=other.name) if rng.random() < 1 / 20 else ""
+    run_on = TEXTS["run_on"].format(task=other) if rng.random() < 1 / 20 else ""
     return flaw(rng, task, other) + run_on
 
 
@@ -158,7 +146,7 @@ def golden_records(rng: random.Random, prompts: list[Prompt]) -> list[dict]:
     return [{"query_id": p.query_id, "query": p.query, "golden": make_response(rng, p.task)} for p in prompts]
 
 
-def sampled_records(rng: random.Random, prompts: list[Prompt], tasks: list[Task]) -> list[dict]:
+def sampled_records(rng: random.Random, prompts: list[Prompt], tasks: list[str]) -> list[dict]:
     """`NUM_SAMPLED` sampled responses per prompt; their flaws borrow from `tasks` only."""
     records = []
     for query_id, query, task in prompts:
@@ -171,7 +159,7 @@ def make_sample_data(seed: int) -> dict[str, list[dict]]:
     """All files, {path below the output folder: records}; the same seed gives the same texts."""
     rng = random.Random(seed)
     ids = itertools.count()
-    tasks = [Task(name, steps) for name, steps in TEXTS["tasks"].items()]
+    tasks = list(STEPS)
     rng.shuffle(tasks)
     test_tasks, rest = tasks[:TEST_TASKS], tasks[TEST_TASKS:]
     valid_tasks, train_tasks = rest[:VALID_TASKS], rest[VALID_TASKS:]

@@ -23,23 +23,16 @@ DEFAULT_CORPUS = (
     SAMPLE_DIR / "rm_data" / "hh_split_rm.golden.json",
     SAMPLE_DIR / "rm_data" / "hh_split_rm_llm_v0.sample.json",
 )
-NOT_TEXT = ("query_id", "type", "scores")
+NOT_TEXT = ("query_id", "type")
 NUM_FIXED_PIECES = 3 + 256  # special tokens and bytes
 
 
-def texts_in(value: object) -> list[str]:
-    """Returns every string inside nested lists and dicts, except fields that hold no text."""
-    if isinstance(value, dict):
-        value = [inner for key, inner in value.items() if key not in NOT_TEXT]
-    if isinstance(value, list):
-        return [text for inner in value for text in texts_in(inner)]
-    return [value] if isinstance(value, str) else []
-
-
 def read_corpus(paths: Iterable[str | Path]) -> list[str]:
-    """Returns the non-empty lines of all texts of the records; `<sep>` ends a line too."""
-    texts = (text for path in paths for _, record in iter_records(path) for text in texts_in(record))
-    lines = [line for text in texts for part in text.split(SEPARATOR) for line in part.splitlines() if line.strip()]
+    """Returns the non-empty lines of all fields that are texts or lists of texts; `<sep>` ends a line too."""
+    fields = (field for path in paths for _, record in iter_records(path) for field in record.items())
+    values = (value if isinstance(value, list) else [value] for name, value in fields if name not in NOT_TEXT)
+    texts = (text for value in values for text in value if isinstance(text, str))
+    lines = [line for text in texts for line in text.replace(SEPARATOR, "\n").splitlines() if line.strip()]
     if not lines:
         raise InputError(f"{', '.join(map(str, paths))}: no text found, expected at least one line")
     return lines
@@ -80,12 +73,10 @@ def parse_args() -> argparse.Namespace:
     add("--hidden_size", type=at_least(1), default=64, help="a multiple of twice the heads (default: 64)")
     add("--num_layers", type=at_least(1), default=2, help="transformer layers (default: 2)")
     add("--num_heads", type=at_least(1), default=4, help="attention heads (default: 4)")
-    vocab = f"rows of the embedding, the most pieces; {NUM_FIXED_PIECES} are fixed (default: 1024)"
-    add("--vocab_size", type=at_least(NUM_FIXED_PIECES + 1), default=1024, help=vocab)
+    add("--vocab_size", type=at_least(NUM_FIXED_PIECES + 1), default=1024, help="embedding rows (default: 1024)")
     add("--max_position_embeddings", type=at_least(1), default=512, help="longest input (default: 512)")
     add("--seed", type=int, default=42, help="seed of the random weights (default: 42)")
-    files = "texts for the tokenizer: JSON, JSONL and parquet records (default: data/sample)"
-    add("--corpus", nargs="+", default=DEFAULT_CORPUS, help=files)
+    add("--corpus", nargs="+", default=DEFAULT_CORPUS, help="records to train the tokenizer on (default: data/sample)")
     args = parser.parse_args()
     if args.hidden_size % (2 * args.num_heads):  # rotary positions rotate pairs
         expected = f"expected a hidden size that is a multiple of twice the heads, such as {16 * args.num_heads}"
@@ -117,9 +108,7 @@ def main() -> None:
     tokenizer_config |= {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     tokenizer_config |= {"add_bos_token": True, "add_eos_token": False}
     write_json(args.output_dir / "tokenizer_config.json", tokenizer_config)
-    weights = (args.output_dir / "model.safetensors").stat().st_size
-    sizes = f"{args.num_layers} layers x {args.hidden_size}, {args.vocab_size} tokens, {weights / 1e6:.1f} MB"
-    print(f"LLaMA of {sizes}: {args.output_dir}")
+    print(f"LLaMA of {args.num_layers} layers x {args.hidden_size}, {args.vocab_size} tokens: {args.output_dir}")
 
 
 if __name__ == "__main__":
