@@ -175,12 +175,12 @@ def _add_older_names(path: Path) -> None:
 
 def write_card(path: str, settings: RewardSettings, tokenizer: PreTrainedTokenizerFast, output_dir: Path) -> None:
     """Writes `README.md`: what the model is, the text that it expects, and how each library is called."""
-    from apo.run_files import format_table
+    from apo.run_files import MARKDOWN_ESCAPES, format_table
 
     example = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]
     text = tokenizer.apply_chat_template(example, tokenize=False)
     card = Template(CARD.read_text(encoding="utf-8")).substitute(
-        source=path,
+        source=path.translate(MARKDOWN_ESCAPES),
         text=text.replace("\n", "\\n"),
         special=", ".join(f"`{token}`" for token in tokenizer.all_special_tokens),
         length=tokenizer.model_max_length,

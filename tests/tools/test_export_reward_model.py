@@ -426,6 +426,10 @@ def test_nothing_is_overwritten(tmp_path):
         with pytest.raises(InputError, match="found files, expected a new folder"), complete_folder(path):
             pass
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    (tmp_path / "empty").mkdir()
+    with complete_folder(tmp_path / "empty") as folder:
+        (folder / "config.json").touch()
+    assert [path.name for path in (tmp_path / "empty").iterdir()] == ["config.json"]
 
 
 def test_model_without_a_head_ends_in_one_line(tmp_path, base):
