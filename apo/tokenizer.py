@@ -44,6 +44,12 @@ class RewardTokenizer:
         self.eos_token_id: int = hf_tokenizer.eos_token_id
         self.pad_token_id = pad_token_id
         self.sep_token_id = sep_token_id
+        self._no_text = {pad_token_id, sep_token_id, *find_byte_roles(self._sentencepiece)}
+
+    @property
+    def uses_sentencepiece(self) -> bool:
+        """Whether the ids are sentencepiece's own."""
+        return self._sentencepiece is not None
 
     @property
     def fingerprint(self) -> str:
@@ -62,8 +68,8 @@ class RewardTokenizer:
         else:
             options = {"add_special_tokens": False, "split_special_tokens": True}
             batch = self.hf_tokenizer(texts, **options).input_ids if texts else []
-        roles = {self.pad_token_id, self.sep_token_id}
-        return [ids if roles.isdisjoint(ids) else [i for i in ids if i not in roles] for ids in batch]
+        no_text = self._no_text
+        return [ids if no_text.isdisjoint(ids) else [i for i in ids if i not in no_text] for ids in batch]
 
     def decode(self, ids: list[int]) -> str:
         """Text of a token sequence, special tokens shown."""
@@ -75,6 +81,15 @@ class RewardTokenizer:
         target = Path(output_dir) / "tokenizer.model"
         if self.sentencepiece_path and Path(self.sentencepiece_path).resolve() != target.resolve():
             shutil.copyfile(self.sentencepiece_path, target)
+
+
+def find_byte_roles(pieces: SentencePieceProcessor | None) -> tuple[int, int] | tuple[()]:
+    """Returns the ids of the bytes that stand for pad and separator; none without byte fallback.
+
+    They stay no text where eos is the pad token, as in an exported model.
+    """
+    ids = [pieces.piece_to_id(piece) for piece in SENTENCEPIECE_ROLES] if pieces else []
+    return tuple(ids) if ids and all(map(pieces.is_byte, ids)) else ()
 
 
 def load_reward_tokenizer(
@@ -118,11 +133,8 @@ def _settle_roles(
     recorded = getattr(config, "reward_settings", {})
     if recorded.get("sep_token_id") is not None:
         return config.pad_token_id, recorded["sep_token_id"]
-    if sentencepiece_path:
-        processor = SentencePieceProcessor(model_file=sentencepiece_path)
-        pad_token_id, sep_token_id = (processor.piece_to_id(piece) for piece in SENTENCEPIECE_ROLES)
-        if processor.is_byte(pad_token_id) and processor.is_byte(sep_token_id):
-            return pad_token_id, sep_token_id
+    if sentencepiece_path and (roles := find_byte_roles(SentencePieceProcessor(model_file=sentencepiece_path))):
+        return roles
     used = {hf_tokenizer.bos_token_id, hf_tokenizer.eos_token_id, hf_tokenizer.unk_token_id}
     own_pad = [] if hf_tokenizer.pad_token_id in {None, *used} else [hf_tokenizer.pad_token_id]
     template = str(hf_tokenizer.chat_template or "")
