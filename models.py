@@ -372,6 +372,8 @@ def load_reward_model(
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error
     _check_weight_names(path, info)
+    # Otherwise transformers gives the head its old name again when it saves.
+    model._weight_conversions = [c for c in model._weight_conversions if "reward_head." not in c.target_patterns]
     if len(tokenizer.hf_tokenizer) > config.vocab_size:
         logger.info("embedding table grown from %d to %d tokens", config.vocab_size, len(tokenizer.hf_tokenizer))
         model.resize_token_embeddings(len(tokenizer.hf_tokenizer))

@@ -173,7 +173,7 @@ def recorded_run(output_dir: str | Path, depends_on: Mapping[str, Any], eval_dat
     def record(state: str, **more: Any) -> None:
         write_json(Path(output_dir, STATE), {"state": state, "depends_on": depends_on, **more})
 
-    record("running")
+    record("running", pid=os.getpid())
     try:
         yield
     except BaseException as error:

@@ -286,6 +286,8 @@ def test_head_of_another_library_is_the_reward_head(tmp_path, caplog, pad_token_
     ids = [[1, 300, 400, 2], [1, 9, 2]]
     expected = [classifier(torch.tensor([row])).logits.item() for row in ids]
     assert rewards_of(model, ids, tokenizer.pad_token_id).tolist() == pytest.approx(expected, abs=1e-6)
+    model.save_pretrained(tmp_path / "saved")
+    assert "reward_head.weight" in load_file(tmp_path / "saved" / "model.safetensors")
 
 
 def test_head_of_several_labels_is_refused(tmp_path):

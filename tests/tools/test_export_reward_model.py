@@ -11,7 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_SIZES, check_refusal, command_line, load_model, make_bpe_tokenizer, run_tool
+from conftest import (
+    TINY_SIZES,
+    check_refusal,
+    command_line,
+    load_model,
+    make_bpe_tokenizer,
+    read_json,
+    run_main,
+    run_tool,
+)
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import (
@@ -301,6 +310,44 @@ def test_trl_trains_on_with_the_same_head_and_the_same_accuracy(trl, exported, f
     trained = RewardModel.from_pretrained("trl/final")
     assert trained.settings == exported.own.settings
     assert torch.equal(trained.reward_head.weight, head)
+
+
+@pytest.mark.parametrize("pad_token", ["<|eos|>", "<|pad|>"])
+def test_a_model_that_trl_made_has_the_same_accuracy_here_and_is_trained_on(trl, base, tmp_path, pad_token):
+    """The class of transformers reads the last token that is no padding: eos, or the one before where it pads too."""
+    tokenizer = make_bpe_tokenizer(["<|bos|>", "<|eos|>", "<|pad|>"], pad_token=pad_token)
+    records = [{"prompt": f"Dry {i} herbs?", "chosen": f" Hang {i}.", "rejected": f" No, {i}"} for i in range(24)]
+
+    def encode(record: dict, side: str) -> list[int]:
+        ids = [tokenizer(record[name], add_special_tokens=False).input_ids for name in ("prompt", side)]
+        return [tokenizer.bos_token_id, *ids[0], *ids[1], tokenizer.eos_token_id]
+
+    columns = {f"{side}_ids": [encode(record, side) for record in records] for side in ("chosen", "rejected")}
+    config = trl.RewardConfig(
+        output_dir="trl", max_length=None, max_steps=1, learning_rate=1e-4, per_device_eval_batch_size=8, **ON_CPU
+    )
+    pairs = Dataset.from_dict(columns)
+    model = AutoModelForSequenceClassification.from_pretrained(base["bpe"], num_labels=1)
+    data = {"train_dataset": pairs, "eval_dataset": pairs, "processing_class": tokenizer}
+    trainer = trl.RewardTrainer(model=model, args=config, **data)
+    trainer.train()
+    expected = trainer.evaluate()
+    trainer.save_model("trl/final")
+
+    Path("pairs.json").write_text(json.dumps(records))
+    flags = {"model_name_or_path": "trl/final", "eval_data_path": "pairs.json", "use_cpu": True, "report_to": "none"}
+    run_main(output_dir="evaluated", **flags)
+    found = read_json(Path("evaluated/final_eval_results.json"))["pairs.json"]
+    assert found["eval_pairs.json_accuracy"] == pytest.approx(expected["eval_accuracy"])
+    assert found["eval_pairs.json_margin"] == pytest.approx(expected["eval_margin"], abs=1e-6)
+    assert 0 < found["eval_pairs.json_accuracy"] < 1
+
+    flags |= {"do_train": True, "train_data_path": "pairs.json", "output_dir": "continued", "learning_rate": 0.0}
+    run_main(**flags, eval_at_start=True)
+    head = load_file("continued/model.safetensors")["reward_head.weight"]
+    assert torch.equal(head, trainer.model.score.weight)
+    log = read_json(Path("continued/trainer_state.json"))["log_history"]
+    assert log[0]["eval_pairs.json_accuracy"] == found["eval_pairs.json_accuracy"]
 
 
 # ------------------------------------------------------------------------------------------------ model card
