@@ -39,21 +39,23 @@ class GuardedTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """Trains; the metrics get `weights_changed`, the share of a sample of the weights."""
-        before = self._sample_weights()
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        before = self._sample_weights(trained)
         output = super().train(*args, **kwargs)
         if before.numel():
-            changed = output.metrics["weights_changed"] = (before != self._sample_weights()).double().mean().item()
+            changed = (before != self._sample_weights(trained)).double().mean().item()
+            output.metrics["weights_changed"] = changed
             if changed < MIN_WEIGHTS_CHANGED:
                 text = "only %.1f %% of the weights changed: steps of --learning_rate %g are lost in %s weights"
                 logger.warning(text, 100 * changed, self.args.learning_rate, str(self.model.dtype)[6:])
         return output
 
-    def _sample_weights(self) -> Tensor:
+    def _sample_weights(self, trained: list[Tensor]) -> Tensor:
         """Up to 1,000 values of each weight but the embedding, of which a run sees few rows; none under ZeRO-3."""
         if is_deepspeed_zero3_enabled():  # each process has a part of some
             return torch.empty(0)
         embedding = self.model.get_input_embeddings().weight
-        weights = [weight.detach().flatten() for weight in self.model.parameters() if weight is not embedding]
+        weights = [weight.detach().flatten() for weight in trained if weight is not embedding]
         return torch.cat([weight[:: math.ceil(len(weight) / 1000) or 1].float().cpu() for weight in weights])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -15,7 +15,7 @@ from apo.cli import InputError, describe, replacing, sha256_of_file, write_json
 from apo.run_state import read_json_object
 from apo.statistics import wilson_interval
 
-PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
 MARKDOWN_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", "\n": " ", "\r": " "} | {c: f"\\{c}" for c in "\\`|*["})
 
 
