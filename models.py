@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import ModelOutput
 
-from apo.adapters import adapt, base_of, check_base, four_bits
+from apo.adapters import adapt, find_base, four_bits
 from apo.cli import InputError, first_few
 from apo.divergence import refuse_non_finite
 from apo.run_state import check_weights
@@ -347,9 +347,7 @@ def load_reward_model(
             weight has another shape or is not finite, or the base model of an adapter is missing or has changed.
     """
     check_weights(path)
-    base = base_of(path) or path
-    if base != path:
-        config = _load_base_config(path, config, base)
+    base, config = find_base(path, config, load_config, load_in_4bit)
     set_seed(seed)
     config.pad_token_id = None  # set below: an added pad token lies beyond the table that is loaded
     config.reward_settings = asdict(settings)
@@ -383,17 +381,6 @@ def load_reward_model(
         raise InputError(f"{path}: quantised weights cannot be trained; give --use_peft true")
     refuse_non_finite(path, dict(model.named_parameters()))
     return model
-
-
-def _load_base_config(path: str, config: PreTrainedConfig, base: str) -> PreTrainedConfig:
-    """The config of the base model of an adapter folder, whose own is `config`."""
-    try:
-        base_config = load_config(base)
-    except InputError as error:
-        raise InputError(f"{path}: no base model for this adapter: {error}") from error
-    check_weights(base)
-    check_base(path, config, base, base_config)
-    return base_config
 
 
 def _check_lm_head(config: PreTrainedConfig) -> None:

@@ -1,10 +1,10 @@
-"""LoRA: a small adapter is trained and saved in place of the model. Everything that concerns PEFT is here.
+"""LoRA: an adapter is trained and saved in place of the whole model. Everything that concerns PEFT is here.
 
 An adapter folder stands for a model wherever one is expected. It holds
 
     adapter_model.safetensors   the LoRA matrices, the reward head, the embeddings of added tokens
     adapter_config.json         rank, modules and the name of the base model, as PEFT writes them
-    config.json                 the reward settings, the pad token, and `base_model_version`, a hash of the base model
+    config.json                 the reward settings, the pad token, and `base_model_version`, of `apo.resume`
     the tokenizer
 """
 
@@ -12,33 +12,33 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
 
 from apo.cli import InputError, first_few
 from apo.resume import model_version
-from apo.run_state import read_json_object
+from apo.run_state import check_weights, read_json_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
-HEADS = ("reward_head", "lm_head")
+HEADS = ("reward_head", "lm_head")  # without an adapter: the first is trained whole, the second not at all
 
 
 class RewardAdapter(PeftModel):
     """A reward model of which only an adapter and the reward head are trained and saved."""
 
     def save_pretrained(self, folder: str, *, is_main_process: bool = True, **options: Any) -> None:
-        """Saves an adapter folder, without the tokenizer; all processes call this function together."""
+        """Saves an adapter folder, without the tokenizer."""
         super().save_pretrained(folder, is_main_process=is_main_process, save_embedding_layers=False, **options)
         if is_main_process:
             self.config.save_pretrained(folder)
@@ -47,27 +47,35 @@ class RewardAdapter(PeftModel):
         """Writes none: `apo.run_files` does."""
 
 
-def base_of(path: str) -> str | None:
-    """Returns the base model that an adapter folder names; None for the folder or Hub name of a whole model."""
+def find_base(
+    path: str, config: PreTrainedConfig, load_config: Callable[[str], PreTrainedConfig], load_in_4bit: bool
+) -> tuple[str, PreTrainedConfig]:
+    """Returns the base model of an adapter folder, and its config; what it was given if `path` is a whole model.
+
+    Args:
+        path: a model, or an adapter folder, whose config is `config`.
+        load_config: reads the config of the base model.
+        load_in_4bit: whether the base model is about to be quantised.
+
+    Raises:
+        InputError: the base model is missing, or is not the one that the adapter was trained on.
+    """
     file = find_adapter_config_file(path)
     if file is None:
-        return None
-    base = read_json_object(Path(file)).get("base_model_name_or_path")
-    if not isinstance(base, str):
-        raise InputError(f"{file}: found no base_model_name_or_path, expected an adapter_config.json of train.py")
-    return base
-
-
-def check_base(path: str, config: PreTrainedConfig, base: str, base_config: PreTrainedConfig) -> None:
-    """Raises an InputError if the base model is not the one that an adapter with this config was trained on."""
-    recorded = getattr(config, "base_model_version", None)
-    version = model_version(base, getattr(base_config, "_commit_hash", None))
-    if version != recorded:
-        raise InputError(
-            f"{path}: its base model {base} has changed: version {version}, the adapter was trained on {recorded}; "
-            "restore it, or give its place as base_model_name_or_path in adapter_config.json"
-        )
-    base_config.base_model_version = recorded
+        return path, config
+    try:
+        base = read_json_object(Path(file))["base_model_name_or_path"]
+        base_config = load_config(base)
+    except (InputError, KeyError, TypeError) as error:
+        raise InputError(f"{file}: base_model_name_or_path: {error}; give the place of the base model") from error
+    check_weights(base)
+    base_config.base_model_version = model_version(base, getattr(base_config, "_commit_hash", None))
+    if base_config.base_model_version != (recorded := getattr(config, "base_model_version", None)):
+        found = f"its version is {base_config.base_model_version}, the adapter was trained on {recorded}"
+        raise InputError(f"{path}: its base model {base} has changed: {found}; restore it, or train again")
+    if hasattr(config, "quantization_config") != (load_in_4bit or hasattr(base_config, "quantization_config")):
+        logger.warning("%s: rewards differ a little from training, where --load_in_4bit was another", path)
+    return base, base_config
 
 
 def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -79,50 +87,54 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
 def adapt(
     model: PreTrainedModel, path: str, base: str, lora: Mapping[str, Any] | None, num_base_tokens: int
 ) -> PreTrainedModel | RewardAdapter:
-    """Puts an adapter on its base model: the one in `path`, or a new one.
+    """Puts an adapter on its base model: the one in `path`, or a new one if `path` is the base model.
 
     Args:
         model: the base model, its embedding table grown to the tokenizer.
-        path: the adapter folder; the base model itself for a new adapter.
-        base: the name of the base model.
-        lora: the flags `--lora_*` of an adapter to train, None or empty where they are not given. The adapter of
-            `path` keeps its own shape. None: the adapter is only used.
+        lora: to train the adapter: the flags `--lora_*`, None or empty where they are not given. None: to use it.
         num_base_tokens: rows of the embedding table before it grew; the adapter holds the rows beyond.
 
     Returns:
-        to train: a `RewardAdapter`; else the plain model with the adapter merged into its weights. Weights that are
-        quantised, or sharded by ZeRO-3, cannot be merged into; there the adapter stays beside them.
+        to train: a `RewardAdapter`; to use: the plain model with the adapter merged into its weights. Weights that
+        are quantised, or sharded by ZeRO-3, cannot be merged into; there the adapter stays beside them.
 
     Raises:
         InputError: modules that the model does not have, or an adapter that does not fit it.
     """
+    is_new = base == path
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what PEFT warns of is meant, or an error below
-            if base == path:
-                adapter = _new_adapter(model, base, lora, num_base_tokens)
-            else:
-                adapter = _load_adapter(model, path, lora)
+            config = _new_config(model, base, lora, num_base_tokens) if is_new else _read_config(path, lora)
+            if config.trainable_token_indices and is_deepspeed_zero3_enabled():
+                raise InputError(f"{path}: the tokenizer has added tokens; LoRA with these needs ZeRO-2, not ZeRO-3")
+            adapter = RewardAdapter(model, config)
+            if not is_new:
+                found = adapter.load_adapter(path, "default", is_trainable=lora is not None, torch_device="cpu")
+                if unfit := [*found.missing_keys, *found.unexpected_keys]:
+                    raise ValueError(f"missing or unknown weights: {first_few(unfit)}")
+    except InputError:
+        raise
     except (ValueError, RuntimeError, LookupError, TypeError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{path}: the LoRA adapter does not fit ({' '.join(str(error).split())[:300]})") from error
     if lora is not None:
+        config.target_modules = sorted({*config.target_modules} - {*HEADS})  # a set has another order in each process
         num_trained, total = adapter.get_nb_trainable_parameters()
-        logger.info("LoRA: rank %d, %d of %d parameters are trained", adapter.active_peft_config.r, num_trained, total)
-        return adapter
-    if getattr(model, "is_quantized", False) or is_deepspeed_zero3_enabled():
-        return adapter
-    del model.config.base_model_version
-    return adapter.merge_and_unload()
+        logger.info("LoRA: rank %d, %d of %d parameters are trained", config.r, num_trained, total)
+    elif not getattr(model, "is_quantized", False) and not is_deepspeed_zero3_enabled():
+        del model.config.base_model_version
+        return adapter.merge_and_unload()
+    return adapter
 
 
-def _new_adapter(model: PreTrainedModel, base: str, lora: Mapping[str, Any], num_base_tokens: int) -> RewardAdapter:
+def _new_config(model: PreTrainedModel, base: str, lora: Mapping[str, Any], num_base_tokens: int) -> LoraConfig:
+    """The config of a new adapter; the version of its base model goes into the model's config."""
     names = {part for name, _ in model.named_modules() for part in name.split(".")}
     if unknown := set(lora["lora_modules_to_save"]) - names:
         raise InputError(f"--lora_modules_to_save {' '.join(sorted(unknown))}: the model has no such modules")
+    model.config.base_model_version = model_version(base, getattr(model.config, "_commit_hash", None))
     targets = lora["lora_target_modules"]
-    config = LoraConfig(
+    return LoraConfig(
         r=lora["lora_r"] or 16,
         lora_alpha=lora["lora_alpha"] or 32,
         lora_dropout=lora["lora_dropout"],
@@ -132,21 +144,13 @@ def _new_adapter(model: PreTrainedModel, base: str, lora: Mapping[str, Any], num
         trainable_token_indices=list(range(num_base_tokens, model.get_input_embeddings().num_embeddings)) or None,
         base_model_name_or_path=base,
     )
-    model.config.base_model_version = model_version(base, getattr(model.config, "_commit_hash", None))
-    adapter = RewardAdapter(model, config)
-    config.target_modules = sorted({*config.target_modules} - {*HEADS})  # a set has another order in each process
-    return adapter
 
 
-def _load_adapter(model: PreTrainedModel, path: str, lora: Mapping[str, Any] | None) -> RewardAdapter:
-    config = PeftConfig.from_pretrained(path)
+def _read_config(path: str, lora: Mapping[str, Any] | None) -> LoraConfig:
+    config = LoraConfig.from_pretrained(path)
     config.inference_mode = lora is None
     if lora is not None:
         if given := [name for name, value in lora.items() if name != "lora_dropout" and value]:
             raise InputError(f"--{given[0]}: the adapter in {path} keeps its own; leave the flag out")
         config.lora_dropout = lora["lora_dropout"]
-    adapter = RewardAdapter(model, config)
-    found = adapter.load_adapter(path, "default", is_trainable=lora is not None, torch_device="cpu")
-    if unfit := [*found.missing_keys, *found.unexpected_keys]:
-        raise ValueError(f"missing or unknown weights: {first_few(unfit)}")
-    return adapter
+    return config
