@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
@@ -115,7 +116,7 @@ def adapt(
                     raise ValueError(f"missing or unknown weights: {first_few(unfit)}")
     except InputError:
         raise
-    except (ValueError, RuntimeError, LookupError, TypeError, OSError) as error:
+    except (ValueError, RuntimeError, LookupError, TypeError, OSError, SafetensorError) as error:
         raise InputError(f"{path}: the LoRA adapter does not fit ({' '.join(str(error).split())[:300]})") from error
     if lora is not None:
         config.target_modules = sorted({*config.target_modules} - {*HEADS})  # a set has another order in each process
@@ -123,7 +124,7 @@ def adapt(
         logger.info("LoRA: rank %d, %d of %d parameters are trained", config.r, num_trained, total)
     elif not getattr(model, "is_quantized", False) and not is_deepspeed_zero3_enabled():
         del model.config.base_model_version
-        return adapter.merge_and_unload()
+        return adapter.merge_and_unload().requires_grad_(True)  # as it was before PEFT froze it
     return adapter
 
 
