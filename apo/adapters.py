@@ -130,19 +130,22 @@ def adapt(
 
 def _new_config(model: PreTrainedModel, base: str, lora: Mapping[str, Any], num_base_tokens: int) -> LoraConfig:
     """The config of a new adapter; the version of its base model goes into the model's config."""
+    whole = {"reward_head", *lora["lora_modules_to_save"]}
     names = {part for name, _ in model.named_modules() for part in name.split(".")}
-    if unknown := set(lora["lora_modules_to_save"]) - names:
+    if unknown := whole - names:
         raise InputError(f"--lora_modules_to_save {' '.join(sorted(unknown))}: the model has no such modules")
-    model.config.base_model_version = model_version(base, getattr(model.config, "_commit_hash", None))
+    embedding = model.get_input_embeddings()
+    is_whole = any(name.split(".")[-1] in whole and module is embedding for name, module in model.named_modules())
     targets = lora["lora_target_modules"]
+    model.config.base_model_version = model_version(base, getattr(model.config, "_commit_hash", None))
     return LoraConfig(
         r=lora["lora_r"] or 16,
         lora_alpha=lora["lora_alpha"] or 32,
         lora_dropout=lora["lora_dropout"],
         target_modules="all-linear" if targets == ["all-linear"] else targets or None,
         exclude_modules=list(HEADS),
-        modules_to_save=sorted({"reward_head", *lora["lora_modules_to_save"]}),
-        trainable_token_indices=list(range(num_base_tokens, model.get_input_embeddings().num_embeddings)) or None,
+        modules_to_save=sorted(whole),
+        trainable_token_indices=None if is_whole else [*range(num_base_tokens, embedding.num_embeddings)] or None,
         base_model_name_or_path=base,
     )
 

@@ -124,6 +124,13 @@ def test_whole_modules_are_trained_and_saved(tmp_path):
     assert moved == {*queries, "model.embed_tokens.weight", "reward_head.weight"}
 
 
+def test_grown_embedding_can_be_trained_whole(bpe_llama, tmp_path):
+    run_main(**ON_CPU, **lora_run(tmp_path, model_name_or_path=bpe_llama, lora_modules_to_save="embed_tokens"))
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    [table] = [weight for name, weight in weights.items() if "embed" in name]
+    assert torch.equal(RewardModel.from_pretrained(tmp_path / "out").model.embed_tokens.weight, table)
+
+
 def test_bfloat16_base_has_a_float32_adapter(tmp_path):
     run_main(**ON_CPU, **lora_run(tmp_path, dtype="bfloat16"))
     weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
