@@ -49,7 +49,7 @@ LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lo
 class ModelArguments:
     """The model and its tokenizer."""
 
-    model_name_or_path: str = HfArg(help="Folder or Hub name of a pretrained LLaMA or of a reward model.")
+    model_name_or_path: str = HfArg(help="Folder or Hub name of a pretrained decoder, a reward model or an adapter.")
     model_type: Literal["reward"] = HfArg(default="reward", help="What to build: a reward model.")
     tokenizer_path: str | None = HfArg(default=None, help="Where the tokenizer is, if not with the model.")
     pooling_type: Literal["last", "eos", "average", "max"] | None = HfArg(
