@@ -12,13 +12,13 @@ import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
-from transformers.utils import strtobool
+from transformers.utils import is_bitsandbytes_available, strtobool
 
 from apo.cli import InputError, OneLineParser, read_json
 from apo.flags import check_flags, check_packages
@@ -42,13 +42,14 @@ RENAMED_FLAGS = {
     "--per_gpu_train_batch_size": "now --per_device_train_batch_size",
     "--per_gpu_eval_batch_size": "now --per_device_eval_batch_size",
 }
+LORA_FLAGS = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save")
 
 
 @dataclass
 class ModelArguments:
     """The model and its tokenizer."""
 
-    model_name_or_path: str = HfArg(help="Folder or Hub name of a pretrained LLaMA or of a reward model.")
+    model_name_or_path: str = HfArg(help="Folder or Hub name of a pretrained decoder, a reward model or an adapter.")
     model_type: Literal["reward"] = HfArg(default="reward", help="What to build: a reward model.")
     tokenizer_path: str | None = HfArg(default=None, help="Where the tokenizer is, if not with the model.")
     pooling_type: Literal["last", "eos", "average", "max"] | None = HfArg(
@@ -72,6 +73,35 @@ class ModelArguments:
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
         default="float32", help="Type of the weights in memory; --bf16 computes in bfloat16 on float32 weights."
     )
+    use_peft: bool = HfArg(default=False, help="Train a LoRA adapter and the reward head only, and save these.")
+    lora_r: int | None = HfArg(default=None, help="Rank of a new adapter (default: 16).")
+    lora_alpha: int | None = HfArg(default=None, help="A new adapter is scaled by alpha / rank (default: 32).")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapter; above 0, batches are padded.")
+    lora_target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Names of the layers with an adapter, or all-linear (default: PEFT's for the model type)."},
+    )
+    lora_modules_to_save: list[str] = field(
+        default_factory=list, metadata={"help": "Further modules to train and save whole, as the reward head is."}
+    )
+    load_in_4bit: bool = HfArg(default=False, help="Keep the decoder in 4 bits on the GPU, with bitsandbytes.")
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+        if self.load_in_4bit and not is_bitsandbytes_available():
+            raise InputError("--load_in_4bit needs the package bitsandbytes; install it, or leave the flag out")
+        if not self.use_peft and (given := [name for name in LORA_FLAGS if getattr(self, name)]):
+            logger.warning("--%s has no effect without --use_peft true", ", --".join(given))
+
+    @property
+    def lora(self) -> dict[str, Any] | None:
+        """The flags of the adapter to train; None without --use_peft."""
+        return {name: getattr(self, name) for name in LORA_FLAGS} if self.use_peft else None
+
+    @property
+    def storage(self) -> str:
+        """How the weights are kept in memory."""
+        return f"{self.dtype}, 4 bits" if self.load_in_4bit else self.dtype
 
 
 @dataclass
@@ -239,8 +269,13 @@ def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArgu
         )
     except (ValueError, ImportError, TypeError) as error:  # transformers checks its own flags
         raise InputError(" ".join(str(error).split())) from error
-    check_flags(model_args)
     _check_task(data_args, args)
+    if model_args.use_peft and not args.do_train:
+        logger.warning("--use_peft has no effect without --do_train true: an adapter folder is used as any other")
+        model_args.use_peft = False
+    if model_args.use_peft and model_args.lora_dropout and args.batching == "tree":
+        logger.info("--batching padded: a token that responses share cannot be dropped for each (--lora_dropout)")
+        args.batching = "padded"
     if args.do_train and model_args.dtype == "float16" and not args.deepspeed:
         raise InputError("--dtype float16: such weights overflow in training; give --fp16 true, or bfloat16")
     return model_args, data_args, args

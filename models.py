@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import ModelOutput
 
+from apo.adapters import adapt, find_base, four_bits
 from apo.cli import InputError, first_few
 from apo.divergence import refuse_non_finite
 from apo.run_state import check_weights
@@ -330,11 +331,14 @@ def load_reward_model(
     will_train: bool = True,
     dtype: torch.dtype = torch.float32,
     attention: str = "sdpa",
+    lora: dict[str, Any] | None = None,
+    load_in_4bit: bool = False,
 ) -> RewardModel:
-    """Loads a pretrained decoder, or a reward model, and logs where its reward head came from.
+    """Loads a pretrained decoder, a reward model or the adapter of one, and logs where its reward head came from.
 
     The head is `reward_head.weight`, or `score.weight` in the models of other libraries. An existing head is never
-    initialised again, a missing one after seeding with `seed`.
+    initialised again, a missing one after seeding with `seed`. An adapter is merged into its base model, unless it is
+    to be trained: see `apo.adapters.adapt`.
 
     Args:
         path: a model folder, or a name on the Hub.
@@ -347,12 +351,15 @@ def load_reward_model(
         will_train: whether a new head is trained before it is used; if not, `head_origin` of the model says so.
         dtype: of the weights.
         attention: of `apo.tree.choose_attention`.
+        lora: flags of the adapter to train, None if the whole model is trained or none.
+        load_in_4bit: whether to quantise the weights of the decoder.
 
     Raises:
         InputError: the checkpoint lacks weights other than the reward head, or the head where it is needed, or a
-            weight has another shape or is not finite.
+            weight has another shape or is not finite, or the base model of an adapter is missing or has changed.
     """
     check_weights(path)
+    base, config = find_base(path, config, load_config, load_in_4bit)
     set_seed(seed)
     config.pad_token_id = None  # set below: an added pad token lies beyond the table that is loaded
     config.reward_settings = asdict(settings)
@@ -360,18 +367,19 @@ def load_reward_model(
         _check_lm_head(config)
     try:
         model, info = super(RewardModel, RewardModel).from_pretrained(
-            path,
+            base,
             config=config,
             dtype=dtype,
+            quantization_config=four_bits(dtype) if load_in_4bit else None,
             with_lm_head=with_lm_head,
             attn_implementation=attention,
             key_mapping={r"^score\.": "reward_head."},
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error
-    _check_weight_names(path, info)
+    except (OSError, RuntimeError, SafetensorError, ImportError, ValueError) as error:  # the last two: quantised ones
+        raise InputError(f"{base}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error
+    _check_weight_names(base, info)
     # Otherwise transformers gives the head its old name again when it saves.
     model._weight_conversions = [c for c in model._weight_conversions if "reward_head." not in c.target_patterns]
     if len(tokenizer.hf_tokenizer) > config.vocab_size:
@@ -379,8 +387,13 @@ def load_reward_model(
         model.resize_token_embeddings(len(tokenizer.hf_tokenizer))
     model.config.pad_token_id = tokenizer.pad_token_id
     model.tokenizer = tokenizer
+    is_new_head = base == path and "reward_head.weight" in info["missing_keys"]
+    _check_head(model, path, seed, is_new_head, needs_trained_head, will_train)
+    if base != path or lora is not None:
+        model = adapt(model, path, base, lora, num_base_tokens=config.vocab_size)
+    elif will_train and getattr(model, "is_quantized", False):
+        raise InputError(f"{path}: quantised weights cannot be trained; give --use_peft true")
     refuse_non_finite(path, dict(model.named_parameters()))
-    _check_head(model, path, seed, "reward_head.weight" in info["missing_keys"], needs_trained_head, will_train)
     return model
 
 

@@ -187,9 +187,9 @@ def run(stack: contextlib.ExitStack) -> None:
     rewards_depend_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings)}
     depends_on: dict[str, Any] = {}
     if args.do_train:
-        more = {**rewards_depend_on, "dtype": model_args.dtype, "num_processes": args.world_size}
+        more = {"dtype": model_args.storage, "lora": model_args.lora, "num_processes": args.world_size}
         paths = data_args.train_data_path, data_args.eval_data_path
-        depends_on = weights_depend_on(args.to_dict(), *paths, **more)
+        depends_on = weights_depend_on(args.to_dict(), *paths, **rewards_depend_on, **more)
         if not start_training(args, depends_on, paths[1], stack):
             if args.process_index == 0:
                 print(f"{args.output_dir}: this run has finished before; nothing is left to do")
@@ -205,6 +205,7 @@ def run(stack: contextlib.ExitStack) -> None:
     attention = choose_attention(config, args.batching, args.device, compute_dtype)
     loading = {"seed": args.seed, "dtype": dtype, "attention": attention, "will_train": args.do_train}
     loading |= {"with_lm_head": args.lm_loss_coeff > 0, "needs_trained_head": args.task_type == "inference"}
+    loading |= {"lora": model_args.lora, "load_in_4bit": model_args.load_in_4bit}
     model = load_reward_model(model_path, config, tokenizer, settings, **loading)
 
     # ---- trainer
@@ -229,7 +230,7 @@ def run(stack: contextlib.ExitStack) -> None:
         train_and_save(trainer)
     if args.task_type == "inference":
         rewards_depend_on |= {"model_name_or_path": model_path, "deepspeed": bool(args.deepspeed)}
-        rewards_depend_on |= {"dtype": [model_args.dtype, str(compute_dtype)], "keys": data_args.response_keys}
+        rewards_depend_on |= {"dtype": [model_args.storage, str(compute_dtype)], "keys": data_args.response_keys}
         rewards_depend_on |= {"attention": [attention, model_args.padding_side], "data_type": data_args.data_type}
         for name, path in data_paths.items():
             inputs = {"data_sha256": sha256_of_file(path), **rewards_depend_on}

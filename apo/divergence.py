@@ -41,18 +41,19 @@ class GuardedTrainer(Trainer):
         """Trains; but for ZeRO-3 the metrics get `weights_changed`, the share of a sample of the weights."""
         if is_deepspeed_zero3_enabled():  # each process has a part of some weights
             return super().train(*args, **kwargs)
-        before = self._sample_weights()
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        before = self._sample_weights(trained)
         output = super().train(*args, **kwargs)
-        changed = output.metrics["weights_changed"] = (before != self._sample_weights()).double().mean().item()
+        changed = output.metrics["weights_changed"] = (before != self._sample_weights(trained)).double().mean().item()
         if changed < MIN_WEIGHTS_CHANGED:
             text = "only %.1f %% of the weights changed: steps of --learning_rate %g are lost in %s weights"
             logger.warning(text, 100 * changed, self.args.learning_rate, str(self.model.dtype)[6:])
         return output
 
-    def _sample_weights(self) -> Tensor:
+    def _sample_weights(self, trained: list[Tensor]) -> Tensor:
         """Up to 1,000 values of each weight but the embedding, of which a run sees few rows."""
         embedding = self.model.get_input_embeddings().weight
-        weights = [weight.detach().flatten() for weight in self.model.parameters() if weight is not embedding]
+        weights = [weight.detach().flatten() for weight in trained if weight is not embedding]
         return torch.cat([weight[:: math.ceil(len(weight) / 1000) or 1].float().cpu() for weight in weights])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -20,12 +20,12 @@ RANGES = {
     (0, sys.float_info.max): "apo_loss_coeff rm_kl_coeff lm_loss_coeff learning_rate weight_decay max_grad_norm "
     "adam_epsilon neftune_noise_alpha",
     (-sys.float_info.max, sys.float_info.max): "lm_score_thresh",
-    (0, 1 - 1e-9): "adam_beta1 adam_beta2",
+    (0, 1 - 1e-9): "adam_beta1 adam_beta2 lora_dropout",
     (0, 10**9): "warmup_steps eval_delay dataloader_num_workers",
     (1e-9, 10**9): "num_train_epochs save_steps eval_steps logging_steps",  # below 1: a share of the run
     (1, 10**9): "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_steps "
     "eval_accumulation_steps save_total_limit torch_empty_cache_steps dataloader_prefetch_factor ddp_timeout "
-    "ddp_bucket_cap_mb apo_sample_num eval_token_budget calibration_bins",
+    "ddp_bucket_cap_mb apo_sample_num eval_token_budget calibration_bins lora_r lora_alpha",
     (8, 10**9): "max_length",
     (0, 2**32 - 1): "seed data_seed",
 }

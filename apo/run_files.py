@@ -13,7 +13,7 @@ from typing import Any
 from apo.cli import InputError, read_json, replacing, sha256_of_file, write_json
 from apo.statistics import wilson_interval
 
-PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "accelerate", "datasets", "sentencepiece", "numpy")
 MARKDOWN_ESCAPES = str.maketrans({"&": "&amp;", "<": "&lt;", "\n": " ", "\r": " "} | {c: f"\\{c}" for c in "\\`|*["})
 
 

@@ -122,6 +122,7 @@ def load_model(
     seed: int = 42,
     with_lm_head: bool = False,
     attention: str = "sdpa",
+    lora: dict | None = None,
     **flags: object,
 ) -> tuple[RewardModel, RewardTokenizer]:
     """Loads model and tokenizer as `train.py` does; `flags` are the settings that scoring must repeat."""
@@ -130,9 +131,8 @@ def load_model(
     tokenizer = load_reward_tokenizer(str(path), config, settings.tokenizer_backend)
     settings.sep_token_id = tokenizer.sep_token_id
     set_seed(seed)
-    model = load_reward_model(
-        str(path), config, tokenizer, settings, seed=seed, with_lm_head=with_lm_head, attention=attention
-    )
+    loading = {"seed": seed, "with_lm_head": with_lm_head, "attention": attention, "lora": lora}
+    model = load_reward_model(str(path), config, tokenizer, settings, **loading)
     return model.eval(), tokenizer
 
 

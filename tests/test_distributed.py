@@ -76,9 +76,9 @@ def metrics_of(output_dir: Path) -> dict[str, float]:
     return {k: v for k, v in read_json(output_dir / "eval_results.json").items() if not k.endswith(TIMINGS)}
 
 
-def assert_same_run(one: Path, other: Path) -> None:
+def assert_same_run(one: Path, other: Path, weights_name: str = "model.safetensors") -> None:
     assert training_losses(other) == pytest.approx(training_losses(one), abs=1e-5)
-    expected, weights = (load_file(folder / "model.safetensors") for folder in (one, other))
+    expected, weights = (load_file(folder / weights_name) for folder in (one, other))
     assert weights.keys() == expected.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5, msg=name)
@@ -131,6 +131,21 @@ def test_zero3_resumes_where_it_was(one_process, zero3_config, tmp_path):
     for name, weight in load_file(tmp_path / "model.safetensors").items():
         torch.testing.assert_close(weight, whole[name], rtol=0, atol=1e-6, msg=name)
     assert training_losses(tmp_path) == pytest.approx(training_losses(one_process), abs=1e-5)
+
+
+def test_lora_under_deepspeed_trains_and_scores_as_one_process_does(zero3_config, tmp_path):
+    """ZeRO-2, and ZeRO-3, whose sharded weights cannot be merged: an adapter is evaluated beside them."""
+    run = APO_RUN | {"use_peft": True, "lora_target_modules": "all-linear", "learning_rate": 1e-2}
+    run_train(**run, gradient_accumulation_steps=8, output_dir=tmp_path / "one")
+    two = {"num_processes": 2, "gradient_accumulation_steps": 4}
+    for name, config in (("zero2", REPO_ROOT / "configs" / "zero2.json"), ("zero3", zero3_config)):
+        run_train(**run, **two, deepspeed=config, output_dir=tmp_path / name)
+        assert_same_run(tmp_path / "one", tmp_path / name, "adapter_model.safetensors")
+    evaluation = {"model_name_or_path": tmp_path / "one", "eval_data_path": APO_RUN["eval_data_path"]}
+    evaluation |= {"use_cpu": True, "report_to": "none", "task_type": "apo", "apo_loss_coeff": 0.1}
+    evaluation |= {"apo_sample_num": 4, "deepspeed": zero3_config, "num_processes": 2}
+    run_train(**evaluation, output_dir=tmp_path / "evaluated")
+    assert metrics_of(tmp_path / "evaluated") == pytest.approx(metrics_of(tmp_path / "one"), abs=1e-4)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])

@@ -102,6 +102,22 @@ def test_run_stopped_at_any_step_of_an_epoch_keeps_log_and_best_checkpoint(tmp_p
     assert logs[0] == logs[1]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_run_with_lora_that_was_stopped_equals_a_whole_one(tmp_path, stop_at, dropout):
+    """Within the second epoch; the best checkpoint is that of the first, and training has drawn what to drop."""
+    flags = best_run(tmp_path, use_peft=True, lora_dropout=dropout, learning_rate=1e-2, greater_is_better=not dropout)
+    run_main(**ON_CPU, **flags | {"output_dir": tmp_path / "whole"})
+    stop_at(6, **flags)
+    run_main(**ON_CPU, **flags)
+    for place in ("", "checkpoint-8"):
+        weights, expected = (load_file(tmp_path / n / place / "adapter_model.safetensors") for n in ("out", "whole"))
+        assert weights.keys() == expected.keys() and all(torch.equal(weights[n], expected[n]) for n in expected)
+    logs = [list(map(without_times, log_history(tmp_path / name))) for name in ("out", "whole")]
+    assert logs[0] == logs[1]
+    best, last = (tmp_path / "out" / f"checkpoint-{n}" / "adapter_model.safetensors" for n in (4, 8))
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == best.read_bytes() != last.read_bytes()
+
+
 def test_damaged_best_checkpoint_is_not_taken_for_the_result(tmp_path, stop_at, capsys):
     stop_at(6, **best_run(tmp_path))
     path = tmp_path / "out" / "checkpoint-4" / "model.safetensors"

@@ -41,7 +41,9 @@ def test_every_flag_of_transformers_has_one_verdict():
     assert set(names_of(RANGES)) <= known
 
 
-def arguments(**flags: object) -> RewardTrainingArguments:
+def arguments(**flags: object) -> ModelArguments | RewardTrainingArguments:
+    if flags.keys() & {"lora_r", "lora_alpha", "lora_dropout"}:
+        return ModelArguments("model", **{name: value for name, value in flags.items() if name != "batching"})
     return RewardTrainingArguments(use_cpu=True, report_to=flags.pop("report_to", "none"), **flags)
 
 
