@@ -6,13 +6,9 @@ Heavy packages are imported inside the functions that need them, so that the com
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
 import logging
-import operator
 import os
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apo.cli import InputError, locked, replacing, sha256_of_file, write_json
+from apo.batches import count_tokens
+from apo.cli import InputError, sha256_of_file
 from apo.records import PreferenceRecord, iter_preference_data, warn_of_fields
+from apo.row_cache import cache_path, cached_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -118,23 +116,13 @@ def tokenize_records(
             "doubts": record.doubts,
             "num_truncated": sum(len(p) + len(r) + num_special > max_length for p, r in pairs_ids),
             **_count_pairs(scores, sequences),
-            **_count_tokens(sequences),
+            **count_tokens(sequences),
         }
 
 
 def _count_pairs(scores: list[float], sequences: list[list[int]]) -> dict[str, int]:
     pairs = preferred_pairs(scores)
     return {"num_pairs": len(pairs), "num_identical": sum(sequences[i] == sequences[j] for i, j in pairs)}
-
-
-def _count_tokens(sequences: list[list[int]]) -> dict[str, int]:
-    """In sorted order, the longest prefix that a sequence shares with an earlier one is shared with its neighbour."""
-    shared = [
-        next(itertools.compress(itertools.count(), map(operator.ne, first, second)), min(len(first), len(second)))
-        for first, second in itertools.pairwise(sorted(sequences))
-    ]
-    lengths = [len(sequence) for sequence in sequences]
-    return {"length": sum(lengths) - sum(shared), "num_tokens": sum(lengths), "longest": max(lengths)}
 
 
 def _row_features() -> datasets.Features:
@@ -154,25 +142,6 @@ def _row_features() -> datasets.Features:
     )
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes rows to an Arrow file, then its hash beside it."""
-    from datasets.arrow_writer import ArrowWriter
-
-    name = f"{path.stem}.{socket.gethostname()}.incomplete"  # the lock may not hold across machines
-    with replacing(path, name) as temporary, ArrowWriter(path=str(temporary), features=_row_features()) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.finalize()
-    write_json(path.with_suffix(".sha256"), {path.name: sha256_of_file(path)})
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return json.loads(path.with_suffix(".sha256").read_bytes()) == {path.name: sha256_of_file(path)}
-    except (OSError, ValueError, RecursionError):
-        return False
-
-
 def load_preference_dataset(
     path: str | Path,
     tokenizer: RewardTokenizer,
@@ -187,8 +156,7 @@ def load_preference_dataset(
 ) -> datasets.Dataset:
     """Reads, validates and tokenises a file once, into a memory-mapped Arrow file that later runs and ranks share.
 
-    The cache is keyed by the bytes of the file, the tokenizer and the settings; a file lock lets one process of the
-    machine do the work while the others wait. A cache file that is not as it was written is made again.
+    The cache (`apo.row_cache`) is keyed by the bytes of the file, the tokenizer and the settings.
 
     Returns:
         A data set with the rows of `tokenize_records`, in file order; the first `num_records` if that is given.
@@ -196,20 +164,15 @@ def load_preference_dataset(
     Raises:
         InputError: see `load_preference_data`.
     """
-    import datasets
-
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
     key = [DATASET_VERSION, sha256_of_file(path), tokenizer.fingerprint, data_type, settings, sorted(response_keys)]
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    cache_path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "preference_data", f"{name}.arrow")
-    if not _is_whole(cache_path):
-        with locked(cache_path, wait=True):
-            if not _is_whole(cache_path):  # another process has not made it in the meantime
-                if cache_path.exists():
-                    logger.warning("%s: damaged, tokenising %s again", cache_path, path)
-                records = iter_preference_data(path, data_type, add_sep_token, response_keys)
-                _write_rows(cache_path, tokenize_records(records, tokenizer, **settings))
-    dataset = datasets.Dataset.from_file(str(cache_path))
+
+    def make_rows() -> Iterator[dict[str, Any]]:
+        return tokenize_records(
+            iter_preference_data(path, data_type, add_sep_token, response_keys), tokenizer, **settings
+        )
+
+    dataset = cached_rows(cache_path(cache_dir, "preference_data", key), make_rows, _row_features(), path)
     if num_records is not None:
         dataset = dataset.select(range(min(len(dataset), num_records)))
     _log_counts(path, dataset)
@@ -262,35 +225,6 @@ def name_datasets(paths: list[str]) -> dict[str, str]:
         )
         names["/".join(parts[-length:])] = path
     return names
-
-
-# ------------------------------------------------------------------------------------------------ batches
-
-
-def batch_by_tokens(dataset: datasets.Dataset, token_budget: int, batching: str) -> list[list[int]]:
-    """Divides a data set into batches of at most `token_budget` tokens, padding included.
-
-    Padded batches take the longest items first, so that an item meets others of its length, and memory runs out at
-    once or never. Trees have no padding to avoid; they keep the order of the file, in which pairs of the same prompt
-    are mostly neighbours and share its tokens.
-
-    Returns:
-        Indices of the items of each batch; an item above the budget is a batch by itself.
-    """
-    if batching == "tree":
-        order, counts, widths = range(len(dataset)), dataset["length"][:], [1] * len(dataset)
-    else:
-        counts, widths = [len(scores) for scores in dataset["scores"][:]], dataset["longest"][:]
-        order = sorted(range(len(dataset)), key=lambda i: -widths[i])
-    batches: list[list[int]] = []
-    count = 0  # of tokens in a tree, of rows as wide as the first one where they are padded
-    for i in order:
-        count += counts[i]
-        if not batches or count * widths[batches[-1][0]] > token_budget:
-            batches.append([])
-            count = counts[i]
-        batches[-1].append(i)
-    return batches
 
 
 # ------------------------------------------------------------------------------------------------ collating

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers import EvalPrediction
-from transformers.trainer_utils import EvalLoopOutput
 
-from apo.cli import InputError, first_few
-from apo.divergence import GuardedTrainer
-from apo.resumable import ResumableTrainer
+from apo.evaluation import Arrays, RecordTrainer, Tensors
 from arguments import RewardTrainingArguments
-from models import PROBES, RewardModelOutput, check_saved_model
-from reward_datasets import batch_by_tokens
+from models import PROBES, RewardModel, RewardModelOutput, check_saved_model
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-CPU_TOKEN_BUDGET = 2048  # larger batches do not fit the caches: at 8,192 tokens a token takes a tenth longer
-
 
 # ------------------------------------------------------------------------------------------------ losses
 
@@ -171,55 +162,14 @@ def preference_metrics(
 # ------------------------------------------------------------------------------------------------ trainer
 
 
-def in_file_order(
-    predictions: tuple[np.ndarray, ...], labels: tuple[np.ndarray, ...]
-) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
-    """Sorts gathered rows by the last of the labels, their index in the data set; drops repeated rows and index -1.
-
-    The first of the labels are the scores, (B, R); where they mark an absent response the predictions become NaN.
-
-    Raises:
-        InputError: the prediction for a present response is not finite.
-    """
-    index, rows = np.unique(labels[-1], return_index=True)
-    rows, index = rows[index >= 0], index[index >= 0]
-    absent = labels[0][rows] < 0
-    bad = index[(~np.isfinite(predictions[0][rows]) & ~absent).any(-1)] + 1
-    if len(bad):
-        found = f"{len(bad)} of {len(index)} records ({first_few([*map(str, bad)])}, counted from 1)"
-        raise InputError(f"{found} got a reward that is not finite; the model diverged, or overflows in --dtype")
-    return tuple(np.where(absent, np.nan, array[rows]) for array in predictions), tuple(x[rows] for x in labels)
-
-
-class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
-    """Trains a `RewardModel` on batches of `RewardDataCollator`.
-
-    Evaluation gathers the rewards of all pairs and computes metrics and loss over all of them, so that they depend
-    neither on the batch size nor on the number of processes.
-    """
+class RewardModelTrainer(RecordTrainer):
+    """Trains a `RewardModel` on batches of `RewardDataCollator`."""
 
     loss_is_scaled_for_ga = False  # `compute_loss` returns the mean of a micro-batch
     args: RewardTrainingArguments
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.compute_metrics = self._compute_metrics
-        self._window = TrainingWindow()
-        self._batches: list[list[int]] | None = None  # those to predict; None: all of the data set
-        if self.args.metric_for_best_model:
-            self._settle_best_metric()
-
-    def _settle_best_metric(self) -> None:
-        """Checks that `--metric_for_best_model` exists; the name of an only evaluation set may be left out."""
-        wanted, sets = self.args.metric_for_best_model, self.eval_dataset
-        bins = self.args.calibration_bins if self.args.rm_calibration else None
-        scores = {name: np.array([[float(any(sets[name]["num_pairs"])), 0.0]]) for name in sets}
-        names = [f"eval_{s}_{m}" for s in sets for m in ("loss", *preference_metrics(scores[s], scores[s], bins))]
-        known = {wanted, f"eval_{wanted}", *(f"eval_{name}_{wanted}" for name in sets if len(sets) == 1)}
-        if not (found := known & set(names)):
-            expected = f"expected one of {', '.join(names)}; a set without pairs has no accuracy"
-            raise InputError(f"--metric_for_best_model {wanted}: no such metric; {expected}")
-        self.args.metric_for_best_model = found.pop()
+    def __init__(self, *args: Any, model: RewardModel, **kwargs: Any) -> None:
+        super().__init__(*args, model=model, max_length=model.settings.max_length, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the model, and compares the rewards of what was written with those of the model in memory.
@@ -276,85 +226,21 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
         terms = self._loss_terms(rewards, scores, apo_mask)
         if self.args.lm_loss_coeff > 0:
             terms["lm_term"] = self._lm_term(output["lm_losses"], scores)
-        self._window.add(rewards.detach(), scores, apo_mask, terms)
+        self.sums.add(batch_sums(rewards.detach(), scores, apo_mask, terms))
         return sum(terms.values())
 
-    @property
-    def eval_token_budget(self) -> int:
-        """Tokens of a batch in evaluation and scoring, at most."""
-        if self.args.eval_token_budget:
-            return self.args.eval_token_budget
-        pairs = 2 * self.model.settings.max_length * self.args.eval_batch_size
-        return min(pairs, CPU_TOKEN_BUDGET) if self.args.device.type == "cpu" else pairs
-
-    def eval_batches(self, dataset: Dataset) -> list[list[int]]:
-        """Indices of the items of each batch, over all processes."""
-        return batch_by_tokens(dataset, self.eval_token_budget, self.data_collator.batching)
-
-    def predict_batches(self, dataset: Dataset, batches: list[list[int]]) -> dict[int, np.ndarray]:
-        """Rewards (R,) of the items of some batches of a data set, by index."""
-        self._batches = batches
-        try:
-            output = self.predict(dataset)
-        finally:
-            self._batches = None
-        return dict(zip(output.label_ids[-1].tolist(), output.predictions[0], strict=True))
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset) -> DataLoader:
-        """This process's share of the batches, each with the `index` (B,) of its items."""
-        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        batches = self.eval_batches(dataset) if self._batches is None else self._batches
-        # All processes run equally many batches, since ZeRO-3 gathers weights in each; who lacks one repeats another.
-        rank, world_size = self.args.process_index, self.args.world_size
-        num_rounds = math.ceil(len(batches) / world_size)
-        share = [batches[(i * world_size + rank) % len(batches)] for i in range(num_rounds)]
-
-        def collate(indices: list[int]) -> dict[str, Any]:
-            return {**self.data_collator([dataset[i] for i in indices]), "index": torch.tensor(indices)}
-
-        return DataLoader(
-            range(len(dataset)),
-            batch_sampler=share,
-            collate_fn=collate,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-        )
-
-    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
-        """See `get_eval_dataloader`."""
-        return self.get_eval_dataloader(test_dataset)
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Returns predictions and labels in file order, each item once, however they were batched and distributed."""
-        self.gather_function = self.accelerator.gather  # the other one would cut what it takes for repeated samples
-        output = super().evaluation_loop(*args, **kwargs)
-        predictions, labels = in_file_order(output.predictions, output.label_ids)
-        return output._replace(predictions=predictions, label_ids=labels)
-
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> tuple[None, tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
-        """Returns no loss, (rewards[, lm_losses]) and (scores, apo_mask, index); (B, R) each, NaN at absent responses.
-
-        B is that of the process with the most items; what fills it up elsewhere has the index -1.
-        """
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            output = self._forward(model, inputs)
+    def predict_batch(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensors, Tensors]:
+        """Returns (rewards[, lm_losses]), (B, R) each and NaN at absent responses, and (scores, apo_mask)."""
+        output = self._forward(model, inputs)
         scores = inputs["scores"]
         nan = torch.full_like(scores, torch.nan)
         names = ("rewards", "lm_losses") if self.args.lm_loss_coeff > 0 else ("rewards",)
         predictions = tuple(nan.masked_scatter(scores >= 0, output[name]) for name in names)
-        labels = (scores, inputs["apo_mask"], inputs["index"])
-        return None, *(self.accelerator.pad_across_processes(part, pad_index=-1) for part in (predictions, labels))
+        return predictions, (scores, inputs["apo_mask"])
 
-    def _compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics and loss of a whole data set; what the gathering padded counts as absent."""
-        (rewards, *lm_losses), (scores, apo_mask, _) = in_file_order(prediction.predictions, prediction.label_ids)
+    def metrics_of(self, predictions: Arrays, labels: Arrays) -> dict[str, float]:
+        """Metrics and loss of a whole data set, from the arrays of `predict_batch`."""
+        (rewards, *lm_losses), (scores, apo_mask, _) = predictions, labels
         bins = self.args.calibration_bins if self.args.rm_calibration else None
         tensors = [torch.as_tensor(array, dtype=torch.float64) for array in (rewards, scores, apo_mask)]
         loss = sum(self._loss_terms(*tensors).values())
@@ -362,68 +248,33 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
             loss += self._lm_term(torch.as_tensor(lm_losses[0][scores >= 0], dtype=torch.float64), tensors[1])
         return {"loss": loss.item(), **preference_metrics(rewards, scores, bins)}
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds accuracy, margin and the terms of the loss since the last log to the training log.
+    def metric_names(self, dataset: Dataset) -> list[str]:
+        """Those of `preference_metrics`, which has fewer without pairs."""
+        bins = self.args.calibration_bins if self.args.rm_calibration else None
+        scores = np.array([[float(any(dataset["num_pairs"])), 0.0]])
+        return list(preference_metrics(scores, scores, bins))
 
-        Steps per second of an evaluation are left out: they would count batches of `--per_device_eval_batch_size`.
-        """
-        if "loss" in logs:
-            logs |= self._window.drain(self.accelerator)
-        for name in [name for name in logs if name.startswith("eval") and name.endswith("_steps_per_second")]:
-            del logs[name]
-        if not math.isfinite(logs.get("grad_norm", 0.0)):
-            del logs["grad_norm"]  # of a step that fp16 skips; JSON has no infinity
-        super().log(logs, start_time)
-
-    def _progress(self) -> dict[str, Any]:
-        return {**super()._progress(), "window": self._window.state()}
-
-    def _restore_progress(self, progress: dict[str, Any]) -> None:
-        super()._restore_progress(progress)
-        self._window.restore(progress["window"], self.args.device)
-
-
-class TrainingWindow:
-    """Sums over the micro-batches since the last log, on the device, gathered only when logged."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, rewards: Tensor, scores: Tensor, apo_mask: Tensor, terms: dict[str, Tensor]) -> None:
-        """Adds a micro-batch: rewards and scores (B, R), apo_mask (B,), the weighted terms of its loss."""
-        pairs = preference_pairs(scores)
-        differences = (rewards[:, :, None] - rewards[:, None, :]).masked_fill(~pairs, 0.0)
-        golden = pairs & (apo_mask > 0)[:, None, None]
-        values = {
-            "batches": torch.ones((), device=rewards.device),
-            "pairs": pairs.sum(),
-            "correct": (differences > 0).sum(),
-            "golden": golden.sum(),
-            "golden_correct": ((differences > 0) & golden).sum(),
-            "difference": differences.sum(),
-            **{name: term.detach() for name, term in terms.items()},
-        }
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.double()
-
-    def drain(self, accelerator: Any) -> dict[str, float]:
-        """Returns the means over all processes and resets the sums."""
-        if not self._sums:
-            return {}
-        local = torch.stack(list(self._sums.values()))
-        total = dict(zip(self._sums, accelerator.reduce(local, reduction="sum").tolist(), strict=True))
+    def means(self, total: Mapping[str, float]) -> dict[str, float]:
+        """Accuracy, margin and the terms of the loss since the last log, from the sums of `batch_sums`."""
         logs = {name: total[name] / total["batches"] for name in total if name.endswith("_term")}
         logs["accuracy"] = total["correct"] / max(total["pairs"], 1)
         logs["margin"] = total["difference"] / max(total["pairs"], 1)
         if total["golden"]:
             logs["apo_accuracy"] = total["golden_correct"] / total["golden"]
-        self._sums = {}
         return logs
 
-    def state(self) -> dict[str, float]:
-        """The sums, as JSON holds them."""
-        return {name: value.item() for name, value in self._sums.items()}
 
-    def restore(self, state: dict[str, float], device: torch.device) -> None:
-        """Continues the sums of `state`."""
-        self._sums = {name: torch.tensor(value, dtype=torch.double, device=device) for name, value in state.items()}
+def batch_sums(rewards: Tensor, scores: Tensor, apo_mask: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sums over a micro-batch, scalars: rewards and scores (B, R), apo_mask (B,), the weighted terms of its loss."""
+    pairs = preference_pairs(scores)
+    differences = (rewards[:, :, None] - rewards[:, None, :]).masked_fill(~pairs, 0.0)
+    golden = pairs & (apo_mask > 0)[:, None, None]
+    return {
+        "batches": torch.ones((), device=rewards.device),
+        "pairs": pairs.sum(),
+        "correct": (differences > 0).sum(),
+        "golden": golden.sum(),
+        "golden_correct": ((differences > 0) & golden).sum(),
+        "difference": differences.sum(),
+        **terms,
+    }

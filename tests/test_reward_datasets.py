@@ -11,13 +11,12 @@ from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from apo.batches import batch_by_tokens, count_tokens
 from apo.cli import InputError
 from apo.records import PreferenceRecord, load_preference_data
 from apo.tokenizer import load_reward_tokenizer
 from reward_datasets import (
     RewardDataCollator,
-    _count_tokens,
-    batch_by_tokens,
     build_sequence,
     load_preference_dataset,
     merge_training_data,
@@ -220,10 +219,10 @@ def test_length_counts_shared_prefixes_once(sequences):
     prefixes = {tuple(ids[:n]) for ids in sequences for n in range(1, len(ids) + 1)}
     lengths = [len(ids) for ids in sequences]
     expected = {"length": len(prefixes), "num_tokens": sum(lengths), "longest": max(lengths)}
-    assert _count_tokens(sequences) == expected
+    assert count_tokens(sequences) == expected
 
 
-def test_rows_count_tokens_after_truncation(tokenizer, monkeypatch):
+def test_rowscount_tokens_after_truncation(tokenizer, monkeypatch):
     """Prompt 3 tokens, responses 2 and 4: bos p p p sep r r eos (8) and bos p p p sep s s s s eos (10), 5 shared.
 
     Cut to 9 on the left the second has lost its bos, so that they share nothing: 8 + 9.
@@ -296,7 +295,7 @@ def test_evaluation_sets_of_the_same_name_get_their_folders(paths, names):
 @settings(deadline=None, max_examples=50)
 def test_batches_hold_each_item_once_and_keep_to_the_budget(batching, items, budget):
     """What runs is counted on the collated batch; a single item may be larger."""
-    rows = [{"input_ids": item, "scores": [0.5] * len(item), "is_apo": False, **_count_tokens(item)} for item in items]
+    rows = [{"input_ids": item, "scores": [0.5] * len(item), "is_apo": False, **count_tokens(item)} for item in items]
     batches = batch_by_tokens(Dataset.from_list(rows), budget, batching)
     assert sorted(i for batch in batches for i in batch) == list(range(len(items)))
     collate = RewardDataCollator(pad_token_id=3, batching=batching)
@@ -308,7 +307,7 @@ def test_batches_hold_each_item_once_and_keep_to_the_budget(batching, items, bud
 
 def test_padded_batches_take_the_longest_items_first():
     lengths = [3, 9, 1, 9, 5]
-    rows = [{"input_ids": [[5] * n], "scores": [0.5], **_count_tokens([[5] * n])} for n in lengths]
+    rows = [{"input_ids": [[5] * n], "scores": [0.5], **count_tokens([[5] * n])} for n in lengths]
     assert batch_by_tokens(Dataset.from_list(rows), 18, "padded") == [[1, 3], [4, 0, 2]]
 
 

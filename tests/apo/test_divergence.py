@@ -122,7 +122,7 @@ def test_record_whose_reward_is_not_finite_is_named(error_of, tmp_path, task):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     flags = {"use_cpu": True, "report_to": "none", "eval_data_path": E2E / "eval_b.json", "task_type": task}
     error = error_of(**flags, model_name_or_path=folder, output_dir=tmp_path / "out")
-    assert "records (1; 2; 3; 4; 5; and 22 more, counted from 1) got a reward that is not finite" in error
+    assert "records (1; 2; 3; 4; 5; and 22 more, counted from 1) got a value that is not finite" in error
     assert not list(tmp_path.glob("out/*results.json"))
 
 
