@@ -47,7 +47,7 @@ def load_data(
     **sequence_settings: Any,
 ) -> tuple[datasets.Dataset | None, dict[str, datasets.Dataset]]:
     """Returns the training data, None without training, and {name: data} of the evaluation files {name: path}."""
-    from apo.flags import check_training
+    from apo.flags import check_training, check_types
 
     load = functools.partial(
         load_preference_dataset,
@@ -62,6 +62,7 @@ def load_data(
     if args.do_train:
         train_set = merge_training_data({path: load(path) for path in data_args.train_data_path})
         check_training(args, train_set)
+        check_types(args, train_set)
         log_example(train_set, tokenizer)
     return train_set, {name: load(path) for name, path in eval_paths.items()}
 

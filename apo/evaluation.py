@@ -20,10 +20,19 @@ from apo.resumable import ResumableTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import TrainingArguments
 
 CPU_TOKEN_BUDGET = 2048  # larger batches do not fit the caches: at 8,192 tokens a token takes a tenth longer
 Arrays = tuple[np.ndarray, ...]
 Tensors = tuple[Tensor, ...]
+
+
+def token_budget(args: TrainingArguments, max_length: int) -> int:
+    """Tokens of a batch without a gradient, at most; `max_length` is that of the longest possible sequence."""
+    if args.eval_token_budget:
+        return args.eval_token_budget
+    pairs = 2 * max_length * args.eval_batch_size
+    return min(pairs, CPU_TOKEN_BUDGET) if args.device.type == "cpu" else pairs
 
 
 def in_file_order(predictions: Arrays, labels: Arrays) -> tuple[Arrays, Arrays]:
@@ -91,17 +100,9 @@ class RecordTrainer(GuardedTrainer, ResumableTrainer):
             raise InputError(f"--metric_for_best_model {wanted}: no such metric; {expected}")
         self.args.metric_for_best_model = found.pop()
 
-    @property
-    def eval_token_budget(self) -> int:
-        """Tokens of a batch in evaluation and scoring, at most."""
-        if self.args.eval_token_budget:
-            return self.args.eval_token_budget
-        pairs = 2 * self.max_length * self.args.eval_batch_size
-        return min(pairs, CPU_TOKEN_BUDGET) if self.args.device.type == "cpu" else pairs
-
     def eval_batches(self, dataset: Dataset) -> list[list[int]]:
         """Indices of the items of each batch, over all processes."""
-        return batch_by_tokens(dataset, self.eval_token_budget, self.data_collator.batching)
+        return batch_by_tokens(dataset, token_budget(self.args, self.max_length), self.data_collator.batching)
 
     def predict_batches(self, dataset: Dataset, batches: list[list[int]]) -> dict[int, np.ndarray]:
         """The first of the predictions (R,) of the items of some batches of a data set, by index."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apo.cli import InputError
+from apo.evaluation import token_budget
 from arguments import RewardTrainingArguments
 from reward_datasets import RewardDataCollator
 from trainer import (
@@ -241,7 +242,8 @@ def random_items(num: int, num_responses: int = 2, seed: int = 0) -> list[dict]:
 )
 def test_tokens_of_an_evaluation_batch_on_a_cpu(tmp_path, flags, budget):
     model, tokenizer = load_model(max_length=512)
-    assert make_trainer(tmp_path, model, tokenizer, random_items(1), **flags).eval_token_budget == budget
+    trainer = make_trainer(tmp_path, model, tokenizer, random_items(1), **flags)
+    assert token_budget(trainer.args, trainer.max_length) == budget
 
 
 def test_every_parameter_moves_in_a_training_step(tmp_path):
