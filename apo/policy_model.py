@@ -50,7 +50,8 @@ def response_logprobs(hidden: Tensor, labels: Tensor, head: nn.Module, config: P
     """Log-probability of each label after its hidden state.
 
     The logits are computed for `CHUNK_TOKENS` tokens at a time, and again in the backward pass: of (M, V) floats no
-    more than a chunk ever exists. Under ZeRO-3 all processes take equally many chunks, since each gathers the head.
+    more than a chunk exists at a time. Those of the last chunk are kept, since the backward pass begins with them.
+    Under ZeRO-3 all processes take equally many chunks, since each gathers the head.
 
     Args:
         hidden: (M, D) last hidden states that predict a token.
@@ -68,8 +69,9 @@ def response_logprobs(hidden: Tensor, labels: Tensor, head: nn.Module, config: P
     num_chunks = torch.tensor(-(-len(labels) // CHUNK_TOKENS), device=labels.device)
     if is_deepspeed_zero3_enabled() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(num_chunks, torch.distributed.ReduceOp.MAX)
-    chunks = zip(hidden.tensor_split(int(num_chunks)), labels.tensor_split(int(num_chunks)), strict=True)
-    return torch.cat([checkpoint(logprobs_of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+    *others, last = zip(hidden.tensor_split(int(num_chunks)), labels.tensor_split(int(num_chunks)), strict=True)
+    logprobs = [checkpoint(logprobs_of_chunk, *chunk, use_reentrant=False) for chunk in others]
+    return torch.cat([*logprobs, logprobs_of_chunk(*last)])
 
 
 # ------------------------------------------------------------------------------------------------ model
