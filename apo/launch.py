@@ -13,7 +13,12 @@ import socket
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +88,19 @@ def prepare_deepspeed(device_type: str) -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+@contextlib.contextmanager
+def whole_models(args: TrainingArguments) -> Iterator[None]:
+    """Loads and runs models as a whole, in one process too, where ZeRO-3 would divide them among all processes."""
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if args.deepspeed:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 def remove_stale_build_locks() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from apo.evaluation import Arrays, RecordTrainer, Tensors
+from apo.launch import whole_models
 from apo.policy_model import check_saved_policy, probe_logprobs
 
 if TYPE_CHECKING:
@@ -245,4 +246,5 @@ class PolicyTrainer(RecordTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             is_exact = model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-            check_saved_policy(output_dir or self.args.output_dir, logprobs, model.dtype, is_exact)
+            with whole_models(self.args):
+                check_saved_policy(output_dir or self.args.output_dir, logprobs, model.dtype, is_exact)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from accelerate.utils import gather_object, send_to_device
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from apo.batches import batch_by_tokens
 from apo.evaluation import token_budget
+from apo.launch import whole_models
 from apo.policy import MODEL_INPUTS, sum_logprobs
 from apo.policy_data import PolicyDataCollator
 from apo.policy_model import load_policy
@@ -88,17 +86,6 @@ def _features() -> datasets.Features:
     import datasets
 
     return datasets.Features({"reference_logps": datasets.List(datasets.Value("float32"))})
-
-
-@contextlib.contextmanager
-def whole_models(args: TrainingArguments) -> Iterator[None]:
-    """Loads and runs models as a whole where ZeRO-3 would divide them among the processes."""
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if args.deepspeed:
-            set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 @torch.no_grad()
