@@ -60,10 +60,11 @@ def add_reference_logps(
     missing = [i for i, file in enumerate(paths) if not all(gather_object([is_whole(file)]))]  # on any machine
     if missing:
         logger.info("reference log-probabilities of %s", path)
-        with whole_models(args), torch.autocast(args.device.type, compute_dtype, compute_dtype != dtype):
+        with whole_models(args):
             model = load_policy(path, config, dtype=dtype, attention=attention).eval().to(args.device)
             for i in missing:
-                rows = _compute(model, data_sets[i], args, token_budget(args, max_length))
+                with torch.autocast(args.device.type, compute_dtype, compute_dtype != dtype):
+                    rows = _compute(model, data_sets[i], args, token_budget(args, max_length))
                 if args.local_process_index == 0:
                     write_rows(paths[i], ({"reference_logps": row} for row in rows), _features())
         del model

@@ -203,6 +203,13 @@ def test_reference_is_another_model_if_it_is_given(flags, tmp_path):
     assert training_losses(tmp_path / "second")[0] != pytest.approx(math.log(2), abs=1e-4)
 
 
+def test_first_loss_in_bfloat16_is_that_of_equal_models(flags, tmp_path):
+    """Up to rounding, which differs between batches."""
+    for name, precision in (("autocast", {"bf16": True}), ("weights", {"dtype": "bfloat16"})):
+        align(**flags | {"output_dir": tmp_path / name, "max_steps": 1}, **precision)
+        assert training_losses(tmp_path / name) == [pytest.approx(math.log(2), abs=3e-3)]
+
+
 # ------------------------------------------------------------------------------------------------ interruptions
 
 
