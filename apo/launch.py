@@ -12,7 +12,12 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +72,19 @@ def prepare_deepspeed(device_type: str) -> None:
     torch.serialization.add_safe_globals(allowed)
     if device_type == "cpu":
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+
+
+@contextlib.contextmanager
+def whole_models(args: TrainingArguments) -> Iterator[None]:
+    """Loads and runs models as a whole, in one process too, where ZeRO-3 would divide them among all processes."""
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if args.deepspeed:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
 def remove_stale_build_locks() -> None:
