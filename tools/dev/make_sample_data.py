@@ -34,6 +34,7 @@ RM_PROMPTS, LLM_PROMPTS = 440, 110
 VALID_PROMPTS, VALID_GOLDEN = 160, 60
 TEST_PROMPTS, TEST_GOLDEN = 400, 150
 VALID_TASKS, TEST_TASKS = 10, 22  # the other tasks are for training
+GAME_TRAIN, GAME_TEST = 300, 150  # further prompts about the tasks of training, to align and to test the LLM
 
 # ((polite, concrete) of the better response, of the worse response) -> how often
 HUMAN_PREFERENCES = {
@@ -72,6 +73,15 @@ def make_prompts(rng: random.Random, tasks: list[Task], count: int, ids: Iterato
     return prompts
 
 
+def make_game_prompts(rng: random.Random, tasks: list[Task], known: list[Prompt]) -> list[dict]:
+    """All further prompts about `tasks` in random order: none has the same last turn as one of `known`."""
+    known_turns = {prompt.query.rpartition("\n\nHuman:")[2] for prompt in known}
+    count = len(tasks) * len(TEXTS["questions"]) * len(TEXTS["situations"])
+    queries = [prompt.query for prompt in make_prompts(rng, tasks, count, itertools.count())]
+    queries = [query for query in queries if query.rpartition("\n\nHuman:")[2] not in known_turns]
+    return [{"query_id": f"game_{i}", "query": query} for i, query in enumerate(queries)]
+
+
 def concrete_steps(rng: random.Random, task: Task) -> str:
     """A sentence with two steps of the task, in their order."""
     a, b = sorted(rng.sample(range(len(task.steps)), 2))
@@ -93,9 +103,9 @@ def make_response(rng: random.Random, task: Task, polite: bool = True, concrete:
 def repeat_step(rng: random.Random, task: Task, other: Task) -> str:
     """Repeats one step."""
     step = rng.choice(task.steps)
-    link = rng.choice((", then ", " and ", ", and then "))
-    repeats = link.join([step] * rng.randint(3, 4))
-    return join_parts(rng.choice(TEXTS["polite_openers"]), f"First {repeats}.", rng.choice(TEXTS["polite_closers"]))
+    link = rng.choice(TEXTS["repeat_links"])
+    repeats = TEXTS["repeats"].format(steps=link.join([step] * rng.randint(3, 4)))
+    return join_parts(rng.choice(TEXTS["polite_openers"]), repeats, rng.choice(TEXTS["polite_closers"]))
 
 
 def stop_early(rng: random.Random, task: Task, other: Task) -> str:
@@ -181,6 +191,8 @@ def make_sample_data(seed: int) -> dict[str, list[dict]]:
     valid = make_prompts(rng, valid_tasks, VALID_PROMPTS, ids)
     test = make_prompts(rng, test_tasks, TEST_PROMPTS, ids)
 
+    game = make_game_prompts(random.Random(seed), train_tasks, train)
+
     rm_pairs, llm_pairs = human_records(rng, rm), human_records(rng, llm)
     return {
         "rm_data/hh_split_rm.train.json": rm_pairs,
@@ -194,6 +206,8 @@ def make_sample_data(seed: int) -> dict[str, list[dict]]:
         "eval_data/hh_split_llm_valid_llm_v0.sample.json": sampled_records(rng, valid[:VALID_GOLDEN], valid_tasks),
         "eval_data/hh_cleaned_origin_test.golden.json": golden_records(rng, test[:TEST_GOLDEN]),
         "eval_data/hh_cleaned_origin_test_llm_v0.sample.json": sampled_records(rng, test[:TEST_GOLDEN], test_tasks),
+        "llm_data/game_prompts.train.json": game[:GAME_TRAIN],
+        "eval_data/game_prompts.test.json": game[GAME_TRAIN : GAME_TRAIN + GAME_TEST],
     }
 
 
