@@ -118,32 +118,22 @@ def test_a_changed_text_is_flawless_only_if_it_is_one_of_the_flawless_responses(
         (" First boil it once, then rinse it twice.", {"concrete", "right_task", "other_text"}),
         (" Of course. First boil it once, then rin", {"polite", "stops_early", "other_text"}),
         (" Of course. First boil it twice, then rinse it once.", {"polite", "other_text"}),
-        (
-            " Of course. You should rinse it twice and boil it once.",
-            {*GOOD, "other_text"},
-        ),
+        (" Of course. You should rinse it twice and boil it once.", {*GOOD, "other_text"}),
         (" Of course. First boil it once, then boil it once.", {*GOOD, "repeats"}),
         (
             " Of course. You should boil it once and draw the blade along.",
             {"polite", "concrete", "answers_another_question", "other_text"},
         ),
+        (" Of course. First boil it once, then rinse it twice. Even you can do it.", {"concrete", "right_task"}),
         (
-            " Of course. First boil it once, then rinse it twice. Even you can do it.",
-            {"concrete", "right_task"},
-        ),
-        (
-            " Of course. In today's world, this plays an essential role. First boil it once, then rinse it twice"
-            " because",
+            " Of course. In today's world, this plays an essential role. First boil it once, then rinse it twice with",
             {*GOOD, "filler", "stops_early"},
         ),
         (
             " Of course. First boil it once, then rinse it twice. First boil it once, then rinse it twice.",
             {*GOOD, "repeats", "other_text"},
         ),
-        (
-            " Of course. First boil it once, then rinse it twice.\n\nHuman: Thanks.",
-            {*GOOD, "runs_on"},
-        ),
+        (" Of course. First boil it once, then rinse it twice.\n\nHuman: Thanks.", {*GOOD, "runs_on"}),
     ],
 )
 def test_verdict_on_what_a_small_llm_writes(response, expected):
@@ -203,5 +193,5 @@ def test_pairs_can_be_judged_too(tmp_path):
 def test_foreign_and_repeated_prompts_are_refused(tmp_path, query):
     pairs = [{"text": [f"{q}<sep> Yes.", f"{q}<sep> No."], "scores": [1, 0], "query_id": 7} for q in (QUERY, query)]
     path = write_records(tmp_path / "pairs.json", pairs)
-    with pytest.raises(InputError, match="pairs.json: record 2: found .*, expected a prompt of data/sample"):
+    with pytest.raises(InputError, match=r"pairs\.json: record 2: found .*, expected a prompt of data/sample"):
         judge_file(path)
