@@ -155,7 +155,7 @@ def play(game: Game, stages: list[Stage], wanted: list[Stage], lock: int) -> Non
     print(f"  {len(stages)} stages, {len(records.done)} of them done, {len(todo)} to run", flush=True)
     settings_path = Path(game.output_dir, "game.json")
     if read_json_object(settings_path) != asdict(game):
-        check_flags(game, todo)
+        check_flags(game, [stage for stage in stages if stage.label not in records.done])
         write_json(settings_path, asdict(game))
     for stage in todo:
         run_stage(game, stage, records, lock)

@@ -203,7 +203,7 @@ class Planner:
         folder = Path(game.output_dir, f"round_{round_}", name)
         output = {"output_path": working_folder(folder) / "verdicts.json"} if name == "judge" else {}
         flags |= output or {"output_dir": working_folder(folder)}
-        flags |= {"resume_from_checkpoint": True} if flags.get("do_train") or program == TRAIN_LLM else {}
+        flags |= {"resume_from_checkpoint": True} if flags.get("do_train") else {}
         if program in WITH_MODEL:
             flags["seed"] = game.seed + (round_ if program == SAMPLE else 0)  # new draws in each round
         given = self.flags_of(round_, name)
@@ -262,7 +262,7 @@ def plan_game(game: Game) -> list[Stage]:
         testing_rm = planner.add(0, "testing_rm", **flags)
     if "sft" in game.sections:
         template = game.prompt_template
-        llm = planner.add(0, "sft", align_type="sft", model_name_or_path=llm, prompt_template=template)
+        llm = planner.add(0, "sft", align_type="sft", do_train=True, model_name_or_path=llm, prompt_template=template)
 
     def test_llm(round_: int, rm: str | None, earlier: str | None = None) -> str:
         answers = planner.sample(round_, "sample_test", llm, round_, "test_prompts", "testing")
@@ -295,7 +295,8 @@ def plan_game(game: Game) -> list[Stage]:
         selection = {"data_path": samples, "score_path": score_path, "output_file_name": "best.json", "to_pairs": True}
         best = planner.add(k, "select", **selection) + "/best_text_scores.json"
         start = llm if game.llm_start == "previous" else initial_llm
-        training = {"align_type": game.align_type, "model_name_or_path": start, "train_data_path": best}
+        training = {"align_type": game.align_type, "do_train": True, "model_name_or_path": start}
+        training["train_data_path"] = best
         if game.align_type == "dpo":
             training["reference_model"] = start if game.dpo_reference == "round_start" else initial_llm
         llm = planner.add(k, "align", **training, prompt_template=game.prompt_template)

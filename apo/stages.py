@@ -23,6 +23,7 @@ from apo.run_state import STATE, WEIGHTS, describe_changes, find_fault, read_jso
 
 DONE, STARTED = "done.json", "started.json"
 NOT_COMPARED = ("base_url",)  # where a server runs changes no response
+INPUTS = ("reference_model", "deepspeed", "config")  # flags that name inputs, besides those that end with "_path"
 NOT_OUTPUTS = ("logs/", "checkpoint-", "command.txt", STARTED, DONE)
 MOST_EMPTY = 1 / 20  # share of empty responses that stops the game if it is exceeded
 LEAST_USABLE = 1 / 10  # share of possible pairs below which it stops
@@ -75,9 +76,9 @@ class Stage:
 
     @property
     def paths(self) -> list[str]:
-        """The values of all flags that may be paths of inputs."""
-        own = str(self.working)
-        return [value for values in self.flags.values() for value in values if not value.startswith(own)]
+        """The files and models that the command reads."""
+        flags = [values for name, values in self.flags.items() if name.endswith("_path") or name in INPUTS]
+        return [value for values in flags for value in values if not value.startswith(str(self.working))]
 
 
 def working_folder(folder: Path) -> Path:
