@@ -223,9 +223,12 @@ class Planner:
         given = dict(self.game.sections.get(name, {}))
         per_round = given.pop("per_round", {})
         for flag, values in per_round.items():
-            if name in IN_ROUND_0 or not isinstance(values, list) or len(values) < self.game.rounds or flag in given:
-                expected = f"a list of {self.game.rounds} values, one a round, for a flag that is given once"
-                expected = "no such key, because the stage runs in round 0 too" if name in IN_ROUND_0 else expected
+            expected = "no such key: the stage runs in round 0 too" if name in IN_ROUND_0 else ""
+            if flag in given:
+                expected = expected or f"no {flag} beside it"
+            if not isinstance(values, list) or len(values) < self.game.rounds:
+                expected = expected or f"a list of {self.game.rounds} values, one a round"
+            if expected:
                 raise InputError(f"{name}: per_round: {flag}: found {describe(values)}, expected {expected}")
             given[flag] = values[round_ - 1]
         if name == "train_rm" and not self.game.apo:
