@@ -158,7 +158,10 @@ def read_game(path: str, changes: Mapping[str, Any]) -> Game:
     required = ("rounds", "output_dir", "llm", "rm_base", "align_type", "data")
     try:
         check_keys("", settings, [*general, *SECTIONS])
-        sections = {name: settings.pop(name) or {} for name in SECTIONS if name in settings}
+        given = [name for name in SECTIONS if name in settings]
+        if isinstance(settings.get("testing_rm"), str):  # a trained one, and not the flags of its training
+            given.remove("testing_rm")
+        sections = {name: settings.pop(name) or {} for name in given}
         if missing := [name for name in required if name not in settings]:
             raise InputError(f"found no {missing[0]}, expected it; see docs/game.md")
         return Game(**settings, sections=sections)
