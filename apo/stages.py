@@ -271,7 +271,8 @@ def check_training(stage: Stage) -> dict[str, float]:
         found, wanted = len(_read(stage.working / "final_eval_results.json")), len(stage.flags["eval_data_path"])
         if found != wanted:
             raise _stop(stage, f"found results of {found} evaluation files, expected {wanted}")
-    return {name: value for name, value in results.items() if name in ("train_loss", "epoch", "train_runtime")}
+    counts = {"pairs": sum(value for name, value in results.items() if name.endswith("_pairs"))}
+    return counts | {name: value for name, value in results.items() if name in ("train_loss", "epoch")}
 
 
 def check_model(stage: Stage) -> None:
