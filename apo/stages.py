@@ -133,7 +133,7 @@ class Records:
                 self.done[stage.label] = recorded
             elif stage.folder.exists():
                 raise InputError(f"{stage.folder}: found no {DONE}; {redo(stage)}")
-            elif started:
+            elif started and written_files(stage.working):
                 self._check_fit(stage, started)
 
     def _check_fit(self, stage: Stage, recorded: Mapping[str, Any]) -> None:
@@ -182,9 +182,7 @@ class Records:
 
     def finish(self, stage: Stage, record: dict[str, Any]) -> None:
         """Writes the record of a stage whose outputs were checked, and gives the folder its name."""
-        files = {str(path.relative_to(stage.working)): path for path in sorted(stage.working.rglob("*"))}
-        names = [name for name, path in files.items() if path.is_file() and not name.startswith(NOT_OUTPUTS)]
-        outputs = {name: identify(files[name], {}) for name in names if not name.endswith(".lock")}
+        outputs = {name: identify(path, {}) for name, path in written_files(stage.working).items()}
         record = {**record, "parents": [parent.label for parent in self.parents(stage)], "outputs": outputs}
         write_json(stage.working / DONE, record)
         (stage.working / STARTED).unlink(missing_ok=True)
@@ -199,6 +197,12 @@ class Records:
         for name in names:
             (stage.folder / name).unlink(missing_ok=True)
         self.done[stage.label] = record | {"deleted": names}
+
+
+def written_files(folder: Path) -> dict[str, Path]:
+    """Returns the outputs in the folder of a stage by name, without logs, records and checkpoints."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in files.items() if not name.startswith(NOT_OUTPUTS) and path.suffix != ".lock"}
 
 
 def redo(stage: Stage) -> str:

@@ -144,8 +144,11 @@ def test_kill_between_record_and_rename_loses_nothing(stages, tmp_path):
 def test_half_stage_goes_on_only_with_its_settings(stages):
     finish_all(stages[:1])
     started(stages[1], load(stages))
+    other = [stages[0], changed(stages[1], task_type=["training"]), stages[2]]
+    assert list(load(other).done) == ["1/make"]  # it has written nothing yet
+    (stages[1].working / "config.json").touch()
     assert list(load(stages).done) == ["1/make"]
-    error = refusal([stages[0], changed(stages[1], task_type=["training"]), stages[2]])
+    error = refusal(other)
     assert error.startswith("1/train was run with task_type apo, now training")
 
 
