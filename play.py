@@ -149,6 +149,7 @@ def run_stage(game: Game, stage: Stage, records: Records, lock: int) -> None:
 def play(game: Game, stages: list[Stage], wanted: list[Stage], lock: int) -> None:
     """Checks what is done, and runs the rest of the stages that are wanted."""
     print(describe_game(game))
+    game.check_files()
     records = Records(stages)
     records.load()
     todo = [stage for stage in wanted if stage.label not in records.done]

@@ -122,10 +122,14 @@ class Game:
             self.data[name] = paths = paths if isinstance(paths, list) else [paths]
             found = "several files" if len(paths) > 1 and not name.startswith("human") else ""
             found = found or "none" * (not paths and not unused.get(name))
-            if missing := [path for path in paths if not Path(str(path)).is_file()]:
-                found = f"{missing[0]}, which is no file"
             if found:
                 raise InputError(f"data: {name}: found {found}, expected {what}")
+
+    def check_files(self) -> None:
+        """Raises an InputError for the first data file that does not exist; a plan can be printed without them."""
+        for name, paths in self.data.items():
+            if missing := [path for path in paths if not Path(str(path)).is_file()]:
+                raise InputError(f"data: {name}: {missing[0]}: no such file; expected {DATA[name]}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -223,7 +227,8 @@ class Planner:
 
     def flags_of(self, round_: int, name: str) -> dict[str, Any]:
         """Returns the flags of a section, with the values of the round for those under `per_round`."""
-        given = dict(self.game.sections.get(name, {}))
+        section = self.game.sections.get(name, {})
+        given = {flag: value for flag, value in section.items() if value is not None}
         per_round = given.pop("per_round", {})
         for flag, values in per_round.items():
             expected = "no such key: the stage runs in round 0 too" if name in IN_ROUND_0 else ""

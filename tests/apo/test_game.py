@@ -108,7 +108,7 @@ def test_values_per_round_and_seeds(tmp_path):
     assert [flag(game, f"{k}/train_rm", "seed") for k in (1, 2)] == ["7", "7"]
 
 
-def test_switches_are_bare_and_other_flags_have_values(tmp_path):
+def test_switches_are_bare_and_a_null_is_not_given(tmp_path):
     game = make_game(
         tmp_path, pair={"group": True, "sampling": False}, sample_rm={"top_k": None, "skip_refused": True}
     )
@@ -169,8 +169,8 @@ def test_wrong_file_is_one_line(tmp_path, changes, message):
 
 def test_missing_and_needless_data_files(tmp_path):
     data = settings(tmp_path, "llm")["data"]
-    with pytest.raises(InputError, match=r"data: llm_prompts: found .*gone.json, which is no file"):
-        make_game(tmp_path, data=data | {"llm_prompts": "gone.json"})
+    with pytest.raises(InputError, match=r"data: llm_prompts: gone.json: no such file; expected prompts on which"):
+        make_game(tmp_path, data=data | {"llm_prompts": "gone.json"}).check_files()
     with pytest.raises(InputError, match="data: rm_golden: found several files"):
         make_game(tmp_path, data=data | {"rm_golden": [data["rm_golden"]] * 2})
     make_game(tmp_path, apo=False, data={name: path for name, path in data.items() if name != "rm_golden"})
