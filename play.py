@@ -78,7 +78,7 @@ def move_aside(game: Game, stages: list[Stage]) -> None:
     numbers = [int(path.name[4:]) for path in Path(game.output_dir).glob("old_*") if path.name[4:].isdecimal()]
     old = Path(game.output_dir, f"old_{max(numbers, default=0) + 1}")
     folders = [(stage, folder) for stage in stages for folder in (stage.folder, stage.working) if folder.exists()]
-    for stage, folder in folders:
+    for stage, folder in reversed(folders):  # a stage before those that it was made from
         target = old / f"round_{stage.round}" / folder.name
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(folder, target)
@@ -110,11 +110,11 @@ def delete_old_models(records: Records) -> None:
     read_later = {p.label for s in records.stages if s.label not in records.done for p in records.parents(s)}
     for stage in models:
         if stage.label in records.done and stage.label not in read_later | set(last.values()):
-            if "deleted" not in records.done[stage.label]:
-                records.delete_weights(stage)
-                print(f"{stage.label}: weights and checkpoints deleted (keep_models: last)", flush=True)
-            for checkpoint in stage.folder.glob("checkpoint-*"):
+            checkpoints = list(stage.folder.glob("checkpoint-*"))
+            for checkpoint in checkpoints:
                 shutil.rmtree(checkpoint)
+            if records.delete_weights(stage) or checkpoints:
+                print(f"{stage.label}: weights and checkpoints deleted (keep_models: last)", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ stages

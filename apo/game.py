@@ -1,7 +1,7 @@
 """The game: its settings, the plan of its stages, and the plan as text and as a shell script.
 
-Round k: LLM k-1 answers the RM prompts; golden over these answers are pairs, from which reward model (RM) k learns.
-LLM k-1 answers the LLM prompts; RM k scores the answers, and LLM k learns from the best. Round 0 holds what is done
+Round k: LLM k-1 responds to the RM prompts; reward model (RM) k learns from pairs of golden over these responses. LLM
+k-1 responds to the LLM prompts; RM k scores the responses, and LLM k learns from the best. Round 0 holds what is done
 once. Every stage is a command line of this project, see `apo.stages.Stage`.
 """
 
@@ -112,7 +112,7 @@ class Game:
         if self.server and len(self.server) < 2:
             raise InputError(f"server: found only {', '.join(self.server)}, expected command and base_url")
         if self.server and (both := [name for name in self.slurm if PROGRAMS[name] == SAMPLE]):
-            raise InputError(f"slurm: {both[0]} gets its answers from the server, which is started on this machine")
+            raise InputError(f"slurm: {both[0]} gets its responses from the server, which is started on this machine")
         self._check_data()
 
     def _check_data(self) -> None:
@@ -244,7 +244,7 @@ class Planner:
         return given
 
     def sample(self, round_: int, name: str, llm: str, number: int, data: str, task_type: str = "sampling") -> str:
-        """Adds a stage in which LLM `number` answers prompts; returns the file of its answers."""
+        """Adds a stage in which LLM `number` responds to prompts; returns the file of its responses."""
         flags = {"model_name_or_path": llm, "model_prefix": f"llm_{number}", "task_type": task_type}
         flags |= {"data_path": self.game.data[data][0], "data_suffix": name}
         folder = self.add(round_, name, **flags, prompt_template=self.game.prompt_template)
@@ -258,7 +258,7 @@ class Planner:
         return f"{folder}/golden_over_sampled{one_each}_text_scores.json"
 
     def score(self, round_: int, name: str, rm: str, suffix: str, *data_paths: str) -> str:
-        """Adds a stage in which a reward model scores answers; returns its folder."""
+        """Adds a stage in which a reward model scores responses; returns its folder."""
         flags = {"task_type": "inference", "data_type": "reject_sample", "model_name_or_path": rm}
         return self.add(round_, name, **flags, eval_data_path=data_paths, data_suffix=suffix)
 
@@ -276,15 +276,15 @@ def plan_game(game: Game) -> list[Stage]:
         llm = planner.add(0, "sft", align_type="sft", do_train=True, model_name_or_path=llm, prompt_template=template)
 
     def test_llm(round_: int, rm: str | None, earlier: str | None = None) -> str:
-        answers = planner.sample(round_, "sample_test", llm, round_, "test_prompts", "testing")
+        responses = planner.sample(round_, "sample_test", llm, round_, "test_prompts", "testing")
         if rm:
-            planner.score(round_, "score_own", rm, f"rm_{round_}", earlier, answers)
-        planner.score(round_, "score_testing", testing_rm, "testing_rm", answers)
+            planner.score(round_, "score_own", rm, f"rm_{round_}", earlier, responses)
+        planner.score(round_, "score_testing", testing_rm, "testing_rm", responses)
         if game.judge:
-            planner.add(round_, "judge", data_path=answers)
-        return answers
+            planner.add(round_, "judge", data_path=responses)
+        return responses
 
-    initial_llm, rm, answers = llm, game.rm_base, test_llm(0, None)
+    initial_llm, rm, responses = llm, game.rm_base, test_llm(0, None)
     for k in range(1, game.rounds + 1):
         # ---- the reward model's move
         if game.apo:
@@ -311,7 +311,7 @@ def plan_game(game: Game) -> list[Stage]:
         if game.align_type == "dpo":
             training["reference_model"] = start if game.dpo_reference == "round_start" else initial_llm
         llm = planner.add(k, "align", **training, prompt_template=game.prompt_template)
-        answers = test_llm(k, rm, answers)
+        responses = test_llm(k, rm, responses)
     return planner.stages
 
 
@@ -352,13 +352,13 @@ def describe_game(game: Game) -> str:
         f"  testing RM: {testing}; no player learns from it",
         f"  LLM 0: {game.llm}" + ", fine-tuned (0/sft)" * ("sft" in game.sections),
         f"  RM k: {rm}",
-        f"  LLM k: from {llm}, on its own answers as RM k scores them",
+        f"  LLM k: from {llm}, on its own responses as RM k scores them",
     ]
     if game.align_type == "dpo":
         is_start = game.dpo_reference == "round_start"
         lines.append(f"  DPO reference: {'what LLM k starts from' if is_start else 'LLM 0'}{unknown}")
     where = f"a server: {game.server['command']}" if game.server else "this project's own engine"
-    return "\n".join([*lines, f"  answers: from {where}"])
+    return "\n".join([*lines, f"  responses: from {where}"])
 
 
 def server_command(game: Game, model: str) -> list[str]:

@@ -122,7 +122,7 @@ def cancel_job(stage: Stage, signum: int) -> None:
 
 
 def served_models(base_url: str) -> list[str] | None:
-    """Returns the names of the models that a server has now; None if it does not answer."""
+    """Returns the names of the models that a server has now; None if it does not reply."""
     import httpx2
 
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "none"
@@ -153,7 +153,7 @@ def serving(words: list[str], base_url: str, model: str, log_path: Path, lock: i
             while (found := served_models(base_url)) is None:
                 status = process.poll()
                 if status is not None or time.monotonic() > deadline:
-                    state = "does not answer" if status is None else f"ended with status {status}"
+                    state = "does not reply" if status is None else f"ended with status {status}"
                     line = last_line(log_path.read_text(encoding="utf-8", errors="replace"))
                     raise InputError(f"server: it {state}: {line}; log: {log_path}")
                 time.sleep(0.2)

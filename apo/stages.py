@@ -189,14 +189,19 @@ class Records:
         os.replace(stage.working, stage.folder)
         self.done[stage.label] = record
 
-    def delete_weights(self, stage: Stage) -> None:
-        """Deletes the weights of a model that no stage will read again, and says so in its record."""
-        record = self.done[stage.label]
-        names = [name for name in record["outputs"] if any(map(Path(name).match, WEIGHTS))]
-        write_json(stage.folder / DONE, record | {"deleted": names})
-        for name in names:
-            (stage.folder / name).unlink(missing_ok=True)
-        self.done[stage.label] = record | {"deleted": names}
+    def delete_weights(self, stage: Stage) -> int:
+        """Deletes the weights of a model that no stage will read again; its record says so first.
+
+        Returns:
+            the number of files.
+        """
+        names = [name for name in self.done[stage.label]["outputs"] if any(map(Path(name).match, WEIGHTS))]
+        self.done[stage.label] |= {"deleted": names}
+        write_json(stage.folder / DONE, self.done[stage.label])
+        paths = [path for name in names if (path := stage.folder / name).exists()]
+        for path in paths:
+            path.unlink()
+        return len(paths)
 
 
 def written_files(folder: Path) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""A server of the OpenAI protocol with a model behind it, for models that answer in milliseconds.
+"""A server of the OpenAI protocol with a model behind it, for models that take milliseconds.
 
 python tests/model_server.py MODEL_FOLDER PORT [SERVED_NAME]
 """
@@ -16,7 +16,7 @@ from apo.sampling import load_tokenizer
 
 
 class ModelServer(CompletionServer):
-    """Answers with what the model generates; one request at a time."""
+    """Responds with what the model generates; one request at a time."""
 
     def __init__(self, folder: str, port: int, served_name: str) -> None:
         super().__init__(port, served_name)

@@ -142,7 +142,7 @@ def test_flags_win_over_the_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_server_answers_with_the_model_of_the_round(base_llama, tmp_path):
+def test_server_responds_with_the_model_of_the_round(base_llama, tmp_path):
     """A real server with the LLM behind it, started and ended by the game."""
     port = free_port()
     command = f"python tests/model_server.py {{model}} {port}"

@@ -50,15 +50,15 @@ def test_round_0_trains_what_is_not_given(tmp_path):
 
 
 def test_files_go_from_stage_to_stage(tmp_path):
-    """Pairs of the round's samples train the RM; it scores the answers of the same LLM, which learns from them."""
+    """Pairs of the round's samples train the RM; it scores responses of the same LLM, which learns from them."""
     game = make_game(tmp_path)
     samples = "round_2/sample_rm/llm_1_sampling_sample_rm_results.json"
-    answers = "round_2/sample_llm/llm_1_sampling_sample_llm_results.json"
+    responses = "round_2/sample_llm/llm_1_sampling_sample_llm_results.json"
     assert flag(game, "2/sample_rm", "model_name_or_path") == "round_1/align"
     assert flag(game, "2/pair", "sample_data_path") == samples
     human, pairs = flag(game, "2/train_rm", "train_data_path").split()
     assert human.endswith("human_train.json") and pairs == "round_2/pair/golden_over_sampled_text_scores.json"
-    assert flag(game, "2/score", "eval_data_path") == answers == flag(game, "2/select", "data_path")
+    assert flag(game, "2/score", "eval_data_path") == responses == flag(game, "2/select", "data_path")
     scores = "round_2/score/llm_1_sampling_sample_llm_results_pred_rm_2_results.json"
     assert flag(game, "2/select", "score_path") == scores
     assert flag(game, "2/align", "train_data_path") == "round_2/select/best_text_scores.json"
@@ -124,7 +124,7 @@ def test_launcher_stands_before_programs_with_a_model(tmp_path):
     assert by_label(game)["1/score"].command[:2] == ["python", "train.py"]
 
 
-def test_server_gives_the_answers(tmp_path):
+def test_server_gives_the_responses(tmp_path):
     server = {"command": "vllm serve {model} --port 8000", "base_url": "http://localhost:8000/v1"}
     plan = by_label(make_game(tmp_path, server=server))
     words = shlex.join(plan["1/sample_rm"].command)
@@ -157,7 +157,10 @@ def test_command_outside_of_the_repository_names_the_whole_path(tmp_path, monkey
         ({"sample_test": {"per_round": {"top_k": [1, 2]}}}, "expected no such key: the stage runs in round 0 too"),
         ({"launcher": {"trian_rm": "torchrun"}}, "launcher: unknown key trian_rm; did you mean train_rm?"),
         ({"server": {"command": "vllm"}}, "server: found only command, expected command and base_url"),
-        ({"server": {"command": "x", "base_url": "y"}, "slurm": {"sample_rm": ""}}, "sample_rm gets its answers from"),
+        (
+            {"server": {"command": "x", "base_url": "y"}, "slurm": {"sample_rm": ""}},
+            "sample_rm gets its responses from",
+        ),
         ({"data": {}}, "data: human_train: found none, expected human pairs"),
     ],
 )
@@ -216,7 +219,7 @@ def test_script_runs_every_command_and_renames_its_folder(tmp_path):
 
 
 def test_script_starts_and_ends_the_server(tmp_path):
-    """The server stands for one that answers at once; the script must end it, and itself."""
+    """The server stands for one that replies at once; the script must end it, and itself."""
     server = {"command": f"{tmp_path}/bin/serve {{model}}", "base_url": "http://localhost:1/v1"}
     game = make_game(tmp_path, server=server)
     (tmp_path / "bin").mkdir()
