@@ -28,7 +28,7 @@ TRAINING = ON_CPU | {"per_device_train_batch_size": 4, "save_strategy": "steps",
 TRAIN_RM = TRAINING | {"max_steps": 6, "learning_rate": 1e-3, "max_length": 128, "add_sep_token": True}
 SECTIONS = {
     "train_rm": TRAIN_RM | {"apo_loss_coeff": 0.1, "apo_sample_num": 4},
-    "align": TRAINING | {"max_steps": 3, "max_length": 520, "per_round": {"learning_rate": [1e-3, 5e-4, 2e-4]}},
+    "align": TRAINING | {"max_steps": 3, "max_length": 264, "per_round": {"learning_rate": [1e-3, 5e-4, 2e-4]}},
     **dict.fromkeys(("evaluate_rm", "score", "score_own", "score_testing"), ON_CPU),
     **{name: {"max_new_tokens": 8} for name in ("sample_rm", "sample_eval", "sample_llm", "sample_test")},
 }
