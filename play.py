@@ -87,18 +87,17 @@ def move_aside(game: Game, stages: list[Stage]) -> None:
     print("; the same command without --redo plays on")
 
 
-def check_flags(game: Game, stages: list[Stage]) -> None:
-    """Refuses a flag in a section that its program does not have, hours before the stage would."""
+def check_flags(stages: list[Stage]) -> None:
+    """Refuses a flag that the program of a stage does not have, hours before the stage would."""
     known: dict[str, list[str]] = {}
-    for stage in (stage for stage in stages if game.sections.get(stage.name)):
+    for stage in stages:
         if stage.program not in known:
             words = [sys.executable, stage.program, "--help"]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise InputError(f"{stage.program} --help: {last_line(done.stderr)}")
             known[stage.program] = re.findall(r"(?<!\S)--(\w+)", done.stdout)
-        section = game.sections[stage.name]
-        for flag in (section | section.get("per_round", {})).keys() - {"per_round", *known[stage.program]}:
+        for flag in stage.flags.keys() - known[stage.program]:
             hint = suggest(flag, known[stage.program]) or "see its --help"
             raise InputError(f"{stage.name}: {stage.program} has no flag --{flag}; {hint}")
 
@@ -156,7 +155,7 @@ def play(game: Game, stages: list[Stage], wanted: list[Stage], lock: int) -> Non
     print(f"  {len(stages)} stages, {len(records.done)} of them done, {len(todo)} to run", flush=True)
     settings_path = Path(game.output_dir, "game.json")
     if read_json_object(settings_path) != asdict(game):
-        check_flags(game, [stage for stage in stages if stage.label not in records.done])
+        check_flags([stage for stage in stages if stage.label not in records.done])
         write_json(settings_path, asdict(game))
     for stage in todo:
         run_stage(game, stage, records, lock)

@@ -274,14 +274,13 @@ def check_training(stage: Stage) -> dict[str, float]:
     results = _read(stage.working / "all_results.json")
     if broken := [name for name, value in results.items() if isinstance(value, float) and not math.isfinite(value)]:
         raise _stop(stage, f"{broken[0]} is {results[broken[0]]}")
-    if "do_train" in stage.flags or stage.program.endswith("train_llm.py"):
+    if "do_train" in stage.flags:
         check_model(stage)
-    else:
-        found, wanted = len(_read(stage.working / "final_eval_results.json")), len(stage.flags["eval_data_path"])
-        if found != wanted:
-            raise _stop(stage, f"found results of {found} evaluation files, expected {wanted}")
-    counts = {"pairs": sum(value for name, value in results.items() if name.endswith("_pairs"))}
-    return counts | {name: value for name, value in results.items() if name in ("train_loss", "epoch")}
+        return {name: value for name, value in results.items() if name in ("train_loss", "epoch")}
+    found, wanted = len(_read(stage.working / "final_eval_results.json")), len(stage.flags["eval_data_path"])
+    if found != wanted:
+        raise _stop(stage, f"found results of {found} evaluation files, expected {wanted}")
+    return {"pairs": sum(value for name, value in results.items() if name.endswith("_pairs"))}
 
 
 def check_model(stage: Stage) -> None:

@@ -274,7 +274,7 @@ def test_trained_model_is_whole(tmp_path):
     weights = stage.working / "model.safetensors"
     state = {"state": "finished", "depends_on": {}, "files": {weights.name: sha256_of_file(weights)}}
     write_records(stage.working / "run_state.json", state)
-    assert check_outputs(stage) == {"pairs": 0, "train_loss": 0.5}
+    assert check_outputs(stage) == {"train_loss": 0.5}
     content = weights.read_bytes()
     weights.write_bytes(content[:-4])
     assert "the model is not whole: model.safetensors is damaged" in stopped(stage)
