@@ -109,7 +109,13 @@ def remove_stale_build_locks() -> None:
 
 def end_with_launcher() -> None:
     """Makes a process of torchrun get SIGTERM when torchrun is killed, instead of running on alone (Linux)."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Makes this process get SIGTERM when the one that started it is killed (Linux)."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
