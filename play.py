@@ -25,12 +25,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, locked, write_json
+from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, locked, read_json, write_json
 from apo.game import CHOICES, Game, describe_game, plan_game, read_game, server_command, shell_script, suggest
 from apo.launch import setup_logging
 from apo.processes import last_line, lock_of_processes, run_command, serving
 from apo.run_files import PACKAGES, git_commit
-from apo.run_state import read_json_object
 from apo.stages import DONE, STARTED, Records, Stage, check_outputs
 
 
@@ -66,7 +65,7 @@ def find_stage(stages: list[Stage], label: str, flag: str) -> Stage:
 def print_status(stages: list[Stage]) -> None:
     """Prints the state of each stage, as its files say."""
     for stage in stages:
-        record = read_json_object(stage.folder / DONE)
+        record = read_json(stage.folder / DONE)
         attempts = len(list(stage.working.glob("logs/attempt_*.log")))
         state = f"done in {record['seconds']:.0f} s" if record else f"{attempts} attempts" if attempts else "open"
         counts = ", ".join(f"{name} {value:g}" for name, value in record.get("counts", {}).items())
@@ -154,7 +153,7 @@ def play(game: Game, stages: list[Stage], wanted: list[Stage], lock: int) -> Non
     todo = [stage for stage in wanted if stage.label not in records.done]
     print(f"  {len(stages)} stages, {len(records.done)} of them done, {len(todo)} to run", flush=True)
     settings_path = Path(game.output_dir, "game.json")
-    if read_json_object(settings_path) != asdict(game):
+    if read_json(settings_path) != asdict(game):
         check_flags([stage for stage in stages if stage.label not in records.done])
         write_json(settings_path, asdict(game))
     for stage in todo:

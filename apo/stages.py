@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from apo.cli import InputError, sha256_of_file, write_json
+from apo.cli import InputError, read_json, sha256_of_file, write_json
 from apo.records import find_response_keys, iter_records, load_prompts, load_rewards
 from apo.resume import MODEL_FILES
-from apo.run_state import STATE, WEIGHTS, describe_changes, find_fault, read_json_object
+from apo.run_state import STATE, WEIGHTS, describe_changes, find_fault
 
 DONE, STARTED = "done.json", "started.json"
 NOT_COMPARED = ("base_url",)  # where a server runs changes no response
@@ -124,7 +124,7 @@ class Records:
         for stage in self.stages:
             if (stage.working / DONE).is_file() and not stage.folder.exists():
                 os.replace(stage.working, stage.folder)  # the run was killed between the two
-            recorded, started = (read_json_object(path) for path in (stage.folder / DONE, stage.working / STARTED))
+            recorded, started = (read_json(path) for path in (stage.folder / DONE, stage.working / STARTED))
             for path, file in (recorded or started).get("inputs", {}).items():
                 self.known.setdefault(path, file)
             if recorded:
@@ -286,7 +286,7 @@ def check_training(stage: Stage) -> dict[str, float]:
 def check_model(stage: Stage) -> None:
     """The training has finished, and the folder holds all that loading the model takes."""
     fault = find_fault(stage.working, WEIGHTS)
-    if read_json_object(stage.working / STATE).get("state") != "finished":
+    if read_json(stage.working / STATE).get("state") != "finished":
         fault = f"{STATE} does not say that the training has finished"
     configurations = ("config.json", "adapter_config.json")
     needed = {"weights": WEIGHTS, "configuration": configurations, "tokenizer": ("tokenizer*",)}

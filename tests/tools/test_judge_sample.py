@@ -7,10 +7,10 @@ import pytest
 from conftest import read_json, run_tool, write_records
 
 from apo.cli import InputError
-from tools.dev.make_sample_data import FLAWS, TEXTS, Task, make_response, make_sampled
+from tools.dev.make_sample_data import FLAWS, TEXTS, make_response, make_sampled
 from tools.judge_sample import judge, judge_file, share_of_prompts, task_of
 
-TASKS = [Task(name, steps) for name, steps in TEXTS["tasks"].items()]
+TASKS = list(TEXTS["tasks"])
 FLAW_NAMES = {
     "repeat_step": "repeats",
     "stop_early": "stops_early",
@@ -46,7 +46,7 @@ def test_responses_without_a_flaw(polite, concrete):
     rng = random.Random(0)
     for task in TASKS * 5:
         response = make_response(rng, task, polite, concrete)
-        assert verdict(response, task.name) == expected, response
+        assert verdict(response, task) == expected, response
 
 
 @pytest.mark.parametrize("flaw", FLAWS, ids=lambda flaw: flaw.__name__)
@@ -55,14 +55,14 @@ def test_each_flaw_of_sampled_responses(flaw):
     expected = {*GOOD, name} - ({"right_task"} if name.startswith("answers") else set())
     for task, other in [rng.sample(TASKS, 2) for _ in range(600)]:
         response = flaw(rng, task, other)
-        assert verdict(response, task.name) == expected, response
+        assert verdict(response, task) == expected, response
 
 
 def test_a_sampled_response_has_one_flaw_and_sometimes_runs_on():
     rng = random.Random(0)
     for task in TASKS * 12:
         response = make_sampled(rng, task, TASKS)
-        found = verdict(response, task.name)
+        found = verdict(response, task)
         assert len(found & set(FLAW_NAMES.values())) == 1, response
         assert found.isdisjoint({"other_text", "flawless"}), response
         assert ("runs_on" in found) == ("Human:" in response), response
@@ -101,12 +101,12 @@ def test_a_changed_text_is_flawless_only_if_it_is_one_of_the_flawless_responses(
     rng = random.Random(0)
     kept = 0
     for task in TASKS[::6]:
-        golden = sorted(golden_responses(task.name))
+        golden = sorted(golden_responses(task))
         for _ in range(300):
             text = mutate(rng, rng.choice(golden), rng.choice(golden))
             expected = f" {text.strip()}" in golden
             kept += expected
-            assert ("flawless" in verdict(text, task.name)) == expected, text
+            assert ("flawless" in verdict(text, task)) == expected, text
     assert kept > 20
 
 
