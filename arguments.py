@@ -11,16 +11,14 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import is_bitsandbytes_available, strtobool
 
-from apo.cli import InputError, OneLineParser, read_json
+from apo.cli import InputError, OneLineParser, read_config, read_json
 from apo.flags import check_flags, check_packages
 from apo.launch import count_processes
 
@@ -219,23 +217,9 @@ class _FlagParser(OneLineParser, HfArgumentParser):
 
 
 def read_run_file(path: str) -> list[str]:
-    """Returns the settings of a YAML run file as the words of a command line; a null is a flag that is not given.
-
-    Raises:
-        InputError: no such file, no YAML, no mapping of names to values, or a name that occurs twice.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        settings, node = yaml.safe_load(text), yaml.compose(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: {' '.join(str(error).split())}; expected a YAML file of flags") from error
-    if not isinstance(settings, dict):
-        raise InputError(f'--config {path}: expected a mapping of flags, such as "max_length: 512"')
-    names = [key.value for key, _ in node.value]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"--config {path}: found {twice[0]} twice, expected every flag once")
+    """Returns the settings of a YAML run file as the words of a command line; a null is a flag that is not given."""
     words = []
-    for name, value in settings.items():
+    for name, value in read_config(path).items():
         if value is not None:
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             words += [f"--{name}", *map(str, values)]

@@ -16,9 +16,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from apo.cli import InputError, describe
+from apo.cli import InputError, describe, read_config
 from apo.prompts import TEMPLATES
 from apo.stages import Stage, working_folder
 
@@ -132,16 +130,6 @@ class Game:
                 raise InputError(f"data: {name}: {missing[0]}: no such file; expected {DATA[name]}")
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that comes twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if key.value != "<<"]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: found {twice[0]} twice, expected each key once")
-        return super().construct_mapping(node, deep)
-
-
 def read_game(path: str, changes: Mapping[str, Any]) -> Game:
     """Reads a file of the game.
 
@@ -149,15 +137,9 @@ def read_game(path: str, changes: Mapping[str, Any]) -> Game:
         changes: values that win over those of the file.
 
     Raises:
-        InputError: no such file, no YAML, an unknown or missing key, or a value that is none.
+        InputError: see `apo.cli.read_config`; an unknown or missing key, or a value that is none.
     """
-    try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: {' '.join(str(error).split())}; expected a YAML file") from error
-    if not isinstance(settings, dict):
-        raise InputError(f'--config {path}: expected a mapping of keys, such as "rounds: 3"')
-    settings |= changes
+    settings = read_config(path) | changes
     general = [field.name for field in fields(Game) if field.name != "sections"]
     required = ("rounds", "output_dir", "llm", "rm_base", "align_type", "data")
     try:
