@@ -78,7 +78,10 @@ def end_token_id(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
         return tokenizer.eos_token_id
     marker = "\u2767"
     messages = [{"role": "user", "content": marker}, {"role": "assistant", "content": marker}]
-    ending = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(marker)[2]
+    try:
+        ending = tokenizer.apply_chat_template(messages, tokenize=False).rpartition(marker)[2]
+    except Exception as error:  # a template can raise anything
+        raise InputError(f"the model's chat template refuses a response ({' '.join(str(error).split())})") from error
     ids = tokenizer(ending.lstrip(), add_special_tokens=False).input_ids
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
 
@@ -121,10 +124,11 @@ def tokenize_records(
     `left_out`, the reason why there is nothing to learn from the record, or ""; `query_id` and `remarks` of
     the record; `num_cut_prompts`, `num_cut_responses`; and the counts of `apo.batches.count_tokens`.
     """
-    records, end_id = iter(records), end_token_id(tokenizer, template)
+    records = iter(records)
     while batch := list(itertools.islice(records, TOKENIZE_BATCH_SIZE)):
         prompts = [Prompt(record.place, record.query_id, record.prompts[0]) for record in batch]
         prompts_ids = tokenize(tokenizer, render_prompts(str(path), prompts, template), template, UNCUT)
+        end_id = end_token_id(tokenizer, template)  # after `tokenize`, which has a time limit for the template
         for record, whole_prompt in zip(batch, prompts_ids, strict=True):
             chosen = choose_responses(record, align_type)
             texts = [record.responses[i].removeprefix(" " * (template == "chat")) for i in chosen]

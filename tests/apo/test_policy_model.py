@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_policy import assert_same_gradients, gradients_of, logps_of, make_policy, random_items
+from tiny_policy import assert_same_gradients, gradients_of, logps_of, make_policy, random_items
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
