@@ -39,7 +39,7 @@ PROGRAMS = {
     "sample_test": SAMPLE,
     "score_own": TRAIN,
     "score_testing": TRAIN,
-    "judge": "tools/judge_sample.py",
+    "judge": "tools/dev/judge_sample.py",
 }
 IN_ROUND_0 = ("testing_rm", "sft", "sample_test", "score_testing")
 WITH_MODEL = (SAMPLE, TRAIN, TRAIN_LLM)  # these take a launcher and a seed

@@ -1,6 +1,6 @@
 """Judges responses to the prompts of data/sample by rule: their texts come from templates, so the verdict is exact.
 
-    python tools/judge_sample.py --data_path outputs/samples/llm_sampling_game_prompts_results.json \\
+    python tools/dev/judge_sample.py --data_path outputs/samples/llm_sampling_game_prompts_results.json \\
         --output_path outputs/samples/verdicts.json
 
 A response is
@@ -23,7 +23,7 @@ The defects, of which a response can have several; the first five are the flaws 
 Prints the share of each with a 95 % interval over prompts, because the responses to one prompt are not independent.
 `any_flawless` is the share of prompts with a flawless response: what a perfect selection reaches. The JSON file also
 lists the qualities and defects of each response, by "<query_id>:<response key>" as rewards are.
-The sentences are those from which `tools/dev/make_sample_data.py` writes the data, in `tools/dev/sample_texts.yaml`.
+The sentences are in `sample_texts.yaml`, from which `make_sample_data.py` writes the data.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from apo.resume import refuse_overwriting
 from apo.run_files import format_table
 from apo.statistics import mean_and_interval, wilson_interval
 
-TEXTS = yaml.safe_load(Path(__file__).with_name("dev").joinpath("sample_texts.yaml").read_text(encoding="utf-8"))
+TEXTS = yaml.safe_load(Path(__file__).with_name("sample_texts.yaml").read_text(encoding="utf-8"))
 TASKS: dict[str, list[str]] = TEXTS["tasks"]
 # step -> its task and its place among the task's steps; no two tasks share a step
 STEPS = {step: (task, place) for task, steps in TASKS.items() for place, step in enumerate(steps)}

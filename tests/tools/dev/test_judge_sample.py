@@ -1,4 +1,4 @@
-"""tools/judge_sample.py: agrees with the generator on every response, and decides what no template gives."""
+"""tools/dev/judge_sample.py: agrees with the generator on every response, and decides what no template gives."""
 
 import itertools
 import random
@@ -7,8 +7,8 @@ import pytest
 from conftest import read_json, run_tool, write_records
 
 from apo.cli import InputError
+from tools.dev.judge_sample import judge, judge_file, share_of_prompts, task_of
 from tools.dev.make_sample_data import FLAWS, TEXTS, make_response, make_sampled
-from tools.judge_sample import judge, judge_file, share_of_prompts, task_of
 
 TASKS = list(TEXTS["tasks"])
 FLAW_NAMES = {
@@ -168,7 +168,7 @@ def test_command_line_writes_shares_and_verdicts(tmp_path):
         {"query_id": "b", "query": QUERY, "sample_0": bad, "sample_1": bad},
     ]
     data, output = write_records(tmp_path / "samples.json", records), tmp_path / "new" / "verdicts.json"
-    done = run_tool("judge_sample.py", "--data_path", data, "--output_path", output)
+    done = run_tool("dev/judge_sample.py", "--data_path", data, "--output_path", output)
     assert "4 responses to 2 prompts" in done.stdout
     report = read_json(output)
     assert [report["prompts"], report["responses"]] == [2, 4]
