@@ -28,7 +28,7 @@ from typing import Any
 from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, locked, read_json, write_json
 from apo.game import CHOICES, Game, describe_game, plan_game, read_game, server_command, shell_script, suggest
 from apo.launch import setup_logging
-from apo.processes import last_line, lock_of_processes, run_command, serving
+from apo.processes import find_reason, lock_of_processes, run_command, serving
 from apo.run_files import PACKAGES, git_commit
 from apo.stages import DONE, STARTED, Records, Stage, check_outputs
 
@@ -94,7 +94,7 @@ def check_flags(stages: list[Stage]) -> None:
             words = [sys.executable, stage.program, "--help"]
             done = subprocess.run(words, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise InputError(f"{stage.program} --help: {last_line(done.stderr)}")
+                raise InputError(f"{stage.program} --help: {find_reason(done.stderr)}")
             known[stage.program] = re.findall(r"(?<!\S)--(\w+)", done.stdout)
         for flag in stage.flags.keys() - known[stage.program]:
             hint = suggest(flag, known[stage.program]) or "see its --help"

@@ -26,10 +26,14 @@ SERVER_SECONDS = 3600  # to load its model
 STOP_SECONDS = 60  # from SIGTERM to SIGKILL, for a server
 
 
-def last_line(text: str) -> str:
-    """Returns the last line with text in it, which is where a command says what is wrong."""
+def find_reason(text: str) -> str:
+    """Returns the line that says why a command has failed: its last error, or its last line.
+
+    A launcher may print its own traceback after the error.
+    """
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "it printed nothing"
+    errors = [line for line in lines if line.startswith("error")]
+    return (errors or lines or ["it printed nothing"])[-1]
 
 
 @contextlib.contextmanager
@@ -93,7 +97,7 @@ def run_command(stage: Stage, log_path: Path, lock: int) -> None:
             raise
     if status:
         how = f"status {status}" if status > 0 else signal.Signals(-status).name
-        line = last_line(log_path.read_text(encoding="utf-8", errors="replace"))
+        line = find_reason(log_path.read_text(encoding="utf-8", errors="replace"))
         raise InputError(f"{stage.label} ended with {how}: {line}; log: {log_path}; the same command goes on")
 
 
@@ -154,7 +158,7 @@ def serving(words: list[str], base_url: str, model: str, log_path: Path, lock: i
                 status = process.poll()
                 if status is not None or time.monotonic() > deadline:
                     state = "does not reply" if status is None else f"ended with status {status}"
-                    line = last_line(log_path.read_text(encoding="utf-8", errors="replace"))
+                    line = find_reason(log_path.read_text(encoding="utf-8", errors="replace"))
                     raise InputError(f"server: it {state}: {line}; log: {log_path}")
                 time.sleep(0.2)
             if model not in found:

@@ -43,12 +43,13 @@ def write_program(path: Path, *lines: str) -> None:
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def test_failure_is_one_line_with_the_last_line_of_the_command(stage, lock, tmp_path):
+def test_failure_is_one_line_with_the_error_of_the_command(stage, lock, tmp_path):
     run_command(stage("echo fine; exit 0"), tmp_path / "log", lock)
     with pytest.raises(InputError, match=r"1/stage ended with status 3: error: no such file; log: .*log; the same"):
-        run_command(stage("echo error: no such file >&2; echo; exit 3"), tmp_path / "log", lock)
+        lines = ["echo error: no such file >&2", "echo Traceback of a launcher", "exit 3"]
+        run_command(stage(*lines), tmp_path / "log", lock)
     with pytest.raises(InputError, match="1/stage ended with SIGKILL: fine"):
-        run_command(stage("echo fine", "kill -9 $$"), tmp_path / "log", lock)
+        run_command(stage("echo fine", "kill -9 $$"), tmp_path / "other_log", lock)
     assert (tmp_path / "log").read_text(encoding="utf-8").startswith("fine\nerror")
 
 
