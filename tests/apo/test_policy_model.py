@@ -21,11 +21,11 @@ from apo.tree import choose_attention
 
 SIZES = {"vocab_size": 120, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
 SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-# What these models do after the head: scale, divide, squash; and a head with a bias.
+# What these models do after the head: scale, divide, squash; a head with a bias; attention with a window and a cap.
 ARCHITECTURES = {
     "llama": {},
     "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
+    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0, "sliding_window": 9, "attn_logit_softcapping": 0.5},
     "granite": {"logits_scaling": 8.0},
     "cohere": {"logit_scale": 0.3},
     "phi": {},
