@@ -11,16 +11,14 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import is_bitsandbytes_available, strtobool
 
-from apo.cli import InputError, OneLineParser, read_json
+from apo.cli import InputError, OneLineParser, read_config, read_json
 from apo.flags import check_flags, check_packages
 from apo.launch import count_processes
 
@@ -122,26 +120,10 @@ class DataArguments:
 
 
 @dataclass
-class RewardTrainingArguments(TrainingArguments):
-    """What to do, the loss, the evaluation; everything else is `transformers.TrainingArguments`."""
+class CommonTrainingArguments(TrainingArguments):
+    """What training takes for a reward model and for an LLM; everything else is `transformers.TrainingArguments`."""
 
-    task_type: Literal["training", "hh_split", "apo", "inference"] = HfArg(
-        default="training", help="training, hh_split: ranking loss; apo: APO loss; inference: score --eval_data_path."
-    )
-    apo_loss_type: Literal["ranking", "diff"] = HfArg(
-        default="ranking", help="Loss on golden-over-sampled pairs: ranking, or diff, the score difference (Eq. 12)."
-    )
-    apo_loss_coeff: float = HfArg(default=0.0, help="Weight of the loss on golden-over-sampled pairs.")
-    apo_sample_num: int = HfArg(default=1, help="Sampled responses per golden response; divides apo_loss_coeff.")
-    rm_kl_coeff: float = HfArg(default=1.0, help="Weight of the ranking loss on human pairs under --task_type apo.")
-    lm_loss_coeff: float = HfArg(default=0.0, help="Weight of the language-modelling loss on good responses.")
-    lm_score_thresh: float = HfArg(default=0.85, help="Normalised score above which a response is modelled.")
     eval_at_start: bool = HfArg(default=False, help="Evaluate before the first step too.")
-    rm_calibration: bool = HfArg(default=False, help="Report calibration errors (ECE, ACE, MCE).")
-    calibration_bins: list[int] = field(
-        default_factory=lambda: [10], metadata={"help": "Numbers of bins of the calibration errors."}
-    )
-    save_calibration: bool = HfArg(default=False, help="Save the reliability diagram of each evaluation set.")
     batching: Literal["tree", "padded"] = HfArg(
         default="tree",
         help="tree: a shared prefix is computed once, without padding (the LM head of --lm_loss_coeff excepted); "
@@ -165,7 +147,6 @@ class RewardTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         check_flags(self)
-        self._check_loss()
         if self.deepspeed:
             if not self.use_cpu and not torch.accelerator.is_available():
                 raise InputError("--deepspeed, but no accelerator was found; add --use_cpu true to train on the CPU")
@@ -176,8 +157,6 @@ class RewardTrainingArguments(TrainingArguments):
             if not config or not isinstance(zero, dict) or zero.get("stage", 0) not in range(4):
                 expected = 'a JSON object, and in it "zero_optimization", an object with a "stage" from 0 to 3'
                 raise InputError(f"--deepspeed {self.deepspeed}: no such file, or its content is not {expected}")
-        if self.greater_is_better is None and "_calibration_" in (self.metric_for_best_model or ""):
-            self.greater_is_better = False
         super().__post_init__()
         if self.fp16 and self.device.type == "cpu" and not self.deepspeed:
             raise InputError("--fp16 true has no effect on a CPU; give --bf16 true, or neither")
@@ -191,6 +170,34 @@ class RewardTrainingArguments(TrainingArguments):
         self.eval_on_start = self.eval_on_start or self.eval_at_start
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every step uses every weight; a search takes time
+
+
+@dataclass
+class RewardTrainingArguments(CommonTrainingArguments):
+    """What to do, the loss, the evaluation."""
+
+    task_type: Literal["training", "hh_split", "apo", "inference"] = HfArg(
+        default="training", help="training, hh_split: ranking loss; apo: APO loss; inference: score --eval_data_path."
+    )
+    apo_loss_type: Literal["ranking", "diff"] = HfArg(
+        default="ranking", help="Loss on golden-over-sampled pairs: ranking, or diff, the score difference (Eq. 12)."
+    )
+    apo_loss_coeff: float = HfArg(default=0.0, help="Weight of the loss on golden-over-sampled pairs.")
+    apo_sample_num: int = HfArg(default=1, help="Sampled responses per golden response; divides apo_loss_coeff.")
+    rm_kl_coeff: float = HfArg(default=1.0, help="Weight of the ranking loss on human pairs under --task_type apo.")
+    lm_loss_coeff: float = HfArg(default=0.0, help="Weight of the language-modelling loss on good responses.")
+    lm_score_thresh: float = HfArg(default=0.85, help="Normalised score above which a response is modelled.")
+    rm_calibration: bool = HfArg(default=False, help="Report calibration errors (ECE, ACE, MCE).")
+    calibration_bins: list[int] = field(
+        default_factory=lambda: [10], metadata={"help": "Numbers of bins of the calibration errors."}
+    )
+    save_calibration: bool = HfArg(default=False, help="Save the reliability diagram of each evaluation set.")
+
+    def __post_init__(self) -> None:
+        if self.greater_is_better is None and "_calibration_" in (self.metric_for_best_model or ""):
+            self.greater_is_better = False
+        super().__post_init__()
+        self._check_loss()
 
     def _check_loss(self) -> None:
         if self.task_type == "apo" and self.apo_loss_coeff == 0:
@@ -210,38 +217,30 @@ class _FlagParser(OneLineParser, HfArgumentParser):
 
 
 def read_run_file(path: str) -> list[str]:
-    """Returns the settings of a YAML run file as the words of a command line; a null is a flag that is not given.
-
-    Raises:
-        InputError: no such file, no YAML, no mapping of names to values, or a name that occurs twice.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        settings, node = yaml.safe_load(text), yaml.compose(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"--config {path}: {' '.join(str(error).split())}; expected a YAML file of flags") from error
-    if not isinstance(settings, dict):
-        raise InputError(f'--config {path}: expected a mapping of flags, such as "max_length: 512"')
-    names = [key.value for key, _ in node.value]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"--config {path}: found {twice[0]} twice, expected every flag once")
+    """Returns the settings of a YAML run file as the words of a command line; a null is a flag that is not given."""
     words = []
-    for name, value in settings.items():
+    for name, value in read_config(path).items():
         if value is not None:
             values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
             words += [f"--{name}", *map(str, values)]
     return words
 
 
-def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+def parse_flags(
+    argv: list[str] | None = None, groups: tuple[type, ...] = GROUPS, unused: tuple[str, ...] = UNUSED_FLAGS
+) -> argparse.Namespace:
     """Parses the command line, by default that of this process; flags win over those of a `--config` file.
+
+    Args:
+        groups: the dataclasses whose fields are flags.
+        unused: flags that are accepted and have no effect.
 
     Raises:
         InputError: an unknown flag (with a suggestion), or a value of the wrong type.
     """
-    parser = _FlagParser(dataclass_types=GROUPS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = _FlagParser(dataclass_types=groups, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--config", help="YAML file of flags, without their dashes; flags given here win over it.")
-    for name in UNUSED_FLAGS:
+    for name in unused:
         parser.add_argument(f"--{name}", nargs="*", help="Accepted because the reference has it; no effect.")
     finder = OneLineParser(add_help=False)
     finder.add_argument("--config")
@@ -250,25 +249,30 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     namespace, unknown = parser.parse_known_args((read_run_file(config) if config else []) + argv)
     if unknown:
         raise InputError(_unknown_flag(unknown[0], list(parser._option_string_actions)))
-    for name in UNUSED_FLAGS:
+    for name in unused:
         if getattr(namespace, name) is not None:
             logger.warning("--%s has no effect; it is accepted because the reference has it", name)
     return namespace
 
 
-def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArguments, RewardTrainingArguments]:
-    """Builds the three groups of arguments from parsed flags; under DeepSpeed and torchrun, joins the other processes.
+def build_groups(flags: argparse.Namespace, groups: tuple[type, ...]) -> list[Any]:
+    """Builds the groups of arguments from parsed flags; under DeepSpeed and torchrun, joins the other processes.
 
     Raises:
         InputError: flags that contradict each other or the machine.
     """
     try:
-        model_args, data_args, args = (
+        return [
             group(**{field.name: getattr(flags, field.name) for field in fields(group) if field.init})
-            for group in GROUPS
-        )
+            for group in groups
+        ]
     except (ValueError, ImportError, TypeError) as error:  # transformers checks its own flags
         raise InputError(" ".join(str(error).split())) from error
+
+
+def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArguments, RewardTrainingArguments]:
+    """Builds the groups of `train.py`; see `build_groups`."""
+    model_args, data_args, args = build_groups(flags, GROUPS)
     _check_task(data_args, args)
     if model_args.use_peft and not args.do_train:
         logger.warning("--use_peft has no effect without --do_train true: an adapter folder is used as any other")
@@ -276,9 +280,14 @@ def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArgu
     if model_args.use_peft and model_args.lora_dropout and args.batching == "tree":
         logger.info("--batching padded: a token that responses share cannot be dropped for each (--lora_dropout)")
         args.batching = "padded"
-    if args.do_train and model_args.dtype == "float16" and not args.deepspeed:
-        raise InputError("--dtype float16: such weights overflow in training; give --fp16 true, or bfloat16")
+    check_dtype(model_args.dtype, args)
     return model_args, data_args, args
+
+
+def check_dtype(dtype: str, args: CommonTrainingArguments) -> None:
+    """Refuses to train float16 weights."""
+    if args.do_train and dtype == "float16" and not args.deepspeed:
+        raise InputError("--dtype float16: such weights overflow in training; give --fp16 true, or bfloat16")
 
 
 def _unknown_flag(flag: str, known: list[str]) -> str:
@@ -302,6 +311,11 @@ def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None
         return
     if data_args.data_type != "comparison_pair":
         raise InputError(f"--data_type {data_args.data_type} is for --task_type inference; expected comparison_pair")
+    check_paths(data_args, args)
+
+
+def check_paths(data_args: Any, args: CommonTrainingArguments) -> None:
+    """Refuses a run without the files that its flags need; they are `train_data_path` and `eval_data_path`."""
     if args.do_train and not data_args.train_data_path:
         raise InputError("--do_train True without training data; give --train_data_path")
     if not args.do_train and not data_args.eval_data_path:

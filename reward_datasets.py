@@ -5,13 +5,9 @@ Heavy packages are imported inside the functions that need them, so that the com
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 import logging
-import operator
 import os
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apo.cli import InputError, locked, replacing, sha256_of_file, write_json
+from apo.batches import count_tokens
+from apo.cli import InputError, sha256_of_file
 from apo.records import PreferenceRecord, iter_preference_data, log_remarks
+from apo.row_cache import cache_path, cached_rows
 
 if TYPE_CHECKING:
     import datasets
@@ -99,7 +97,7 @@ def tokenize_records(
 
     Row: `input_ids` R lists of ids, `scores` R normalised scores, four fields of the record, three counts: `num_pairs`
     (ordered pairs with different scores), `num_truncated` (responses cut to `max_length`), `num_identical` (pairs
-    whose two sequences became the same, from which nothing can be learnt), and the sizes of `count_tokens`.
+    whose two sequences became the same, from which nothing can be learnt), and those of `apo.batches.count_tokens`.
     """
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
     for record, pairs_ids in encode_records(records, tokenizer):
@@ -121,23 +119,8 @@ def tokenize_records(
         }
 
 
-def count_tokens(sequences: list[list[int]]) -> dict[str, int]:
-    """Returns the sizes in tokens of an item: `length` (as a prefix tree), `num_tokens` (the sum), `longest`.
-
-    In sorted order, the longest prefix that a sequence shares with an earlier one is shared with its neighbour.
-    """
-    shared = [
-        next(itertools.compress(itertools.count(), map(operator.ne, first, second)), min(len(first), len(second)))
-        for first, second in itertools.pairwise(sorted(sequences))
-    ]
-    lengths = [len(sequence) for sequence in sequences]
-    return {"length": sum(lengths) - sum(shared), "num_tokens": sum(lengths), "longest": max(lengths)}
-
-
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes rows to an Arrow file, then its hash beside it."""
+def _row_features() -> datasets.Features:
     from datasets import Features, List, Value
-    from datasets.arrow_writer import ArrowWriter
 
     counts = ("num_truncated", "num_pairs", "num_identical", "length", "num_tokens", "longest")
     features = {
@@ -147,21 +130,9 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         "query_id": Value("string"),
         "response_keys": List(Value("string")),
         "remarks": List(Value("string")),
-        **{name: Value("int32") for name in counts},
+        **dict.fromkeys(counts, Value("int32")),
     }
-    name = f"{path.stem}.{socket.gethostname()}.incomplete"  # the lock may not hold across machines
-    with replacing(path, name) as temporary, ArrowWriter(path=str(temporary), features=Features(features)) as writer:
-        for row in rows:
-            writer.write(row)
-        writer.finalize()
-    write_json(path.with_suffix(".sha256"), {path.name: sha256_of_file(path)})
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        return json.loads(path.with_suffix(".sha256").read_bytes()) == {path.name: sha256_of_file(path)}
-    except (OSError, ValueError, RecursionError):
-        return False
+    return Features(features)
 
 
 def load_preference_dataset(
@@ -178,8 +149,7 @@ def load_preference_dataset(
 ) -> datasets.Dataset:
     """Reads, validates and tokenises a file once, into a memory-mapped Arrow file that later runs and ranks share.
 
-    The cache is keyed by the bytes of the file, the tokenizer and the settings; a file lock lets one process of the
-    machine do the work while the others wait. A cache file that is not as it was written is made again.
+    The cache (`apo.row_cache`) is keyed by the bytes of the file, the tokenizer and the settings.
 
     Returns:
         A data set with the rows of `tokenize_records`, in file order; the first `num_records` if that is given.
@@ -187,20 +157,14 @@ def load_preference_dataset(
     Raises:
         InputError: see `load_preference_data`.
     """
-    import datasets
-
     settings = {"max_length": max_length, "truncation_side": truncation_side, "add_sep_token": add_sep_token}
     key = [DATASET_VERSION, sha256_of_file(path), tokenizer.fingerprint, data_type, settings, sorted(response_keys)]
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    cache_path = Path(cache_dir or datasets.config.HF_DATASETS_CACHE, "preference_data", f"{name}.arrow")
-    if not _is_whole(cache_path):
-        with locked(cache_path, wait=True):
-            if not _is_whole(cache_path):  # another process has not made it in the meantime
-                if cache_path.exists():
-                    logger.warning("%s: damaged, tokenising %s again", cache_path, path)
-                records = iter_preference_data(path, data_type, add_sep_token, response_keys)
-                _write_rows(cache_path, tokenize_records(records, tokenizer, **settings))
-    dataset = datasets.Dataset.from_file(str(cache_path))
+
+    def make_rows() -> Iterator[dict[str, Any]]:
+        records = iter_preference_data(path, data_type, add_sep_token, response_keys)
+        return tokenize_records(records, tokenizer, **settings)
+
+    dataset = cached_rows(cache_path(cache_dir, "preference_data", key), make_rows, _row_features(), path)
     dataset = dataset.select(range(len(dataset))[:num_records])
     _log_counts(path, dataset)
     return dataset
@@ -248,35 +212,6 @@ def name_datasets(paths: list[str]) -> dict[str, str]:
         name = next((end for end in endings if not any(o.endswith(f"/{end}") for o in others)), path)
         names[name] = path
     return names
-
-
-# ------------------------------------------------------------------------------------------------ batches
-
-
-def batch_by_tokens(dataset: datasets.Dataset, token_budget: int, batching: str) -> list[list[int]]:
-    """Divides a data set into batches of at most `token_budget` tokens, padding included.
-
-    Padded batches take the longest items first, so that an item meets others of its length, and memory runs out at
-    once or never. Trees have no padding to avoid; they keep the order of the file, in which pairs of the same prompt
-    are mostly neighbours and share its tokens.
-
-    Returns:
-        Indices of the items of each batch; an item above the budget is a batch by itself.
-    """
-    if batching == "tree":
-        order, counts, widths = range(len(dataset)), dataset["length"][:], [1] * len(dataset)
-    else:
-        counts, widths = [len(scores) for scores in dataset["scores"][:]], dataset["longest"][:]
-        order = sorted(range(len(dataset)), key=lambda i: -widths[i])
-    batches: list[list[int]] = []
-    count = 0  # of tokens in a tree, of rows as wide as the first one where they are padded
-    for i in order:
-        count += counts[i]
-        if not batches or count * widths[batches[-1][0]] > token_budget:
-            batches.append([])
-            count = counts[i]
-        batches[-1].append(i)
-    return batches
 
 
 # ------------------------------------------------------------------------------------------------ collating

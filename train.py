@@ -17,15 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.cli import exit_on_input_error, sha256_of_file, write_json
 from apo.launch import exit_worker, prepare_deepspeed, set_ranks_of_one_process, setup_logging
-from apo.run_state import (
-    choose_start,
-    exclusive,
-    is_finished,
-    recorded_run,
-    refuse_results_of_another,
-    saving,
-    weights_depend_on,
-)
+from apo.run_state import exclusive, refuse_results_of_another, start_training, weights_depend_on
 from reward_datasets import RewardDataCollator, load_preference_dataset, merge_training_data, name_datasets
 
 if TYPE_CHECKING:
@@ -55,7 +47,7 @@ def load_data(
     **sequence_settings: Any,
 ) -> tuple[datasets.Dataset | None, dict[str, datasets.Dataset]]:
     """Returns the training data, None without training, and {name: data} of the evaluation files {name: path}."""
-    from apo.flags import check_training
+    from apo.flags import check_training, check_types
 
     load = functools.partial(
         load_preference_dataset,
@@ -70,42 +62,9 @@ def load_data(
     if args.do_train:
         train_set = merge_training_data({path: load(path) for path in data_args.train_data_path})
         check_training(args, train_set)
+        check_types(args, train_set)
         log_example(train_set, tokenizer)
     return train_set, {name: load(path) for name, path in eval_paths.items()}
-
-
-def start_training(
-    args: RewardTrainingArguments, depends_on: dict[str, Any], eval_paths: list[str], stack: contextlib.ExitStack
-) -> bool:
-    """Locks the output folder and settles where training starts; returns False if it has finished before.
-
-    All processes get the same decision, that of the main one.
-    """
-    from accelerate.utils import broadcast_object_list
-
-    has_finished = start = None
-    if args.process_index == 0:
-        stack.enter_context(exclusive(args.output_dir))
-        eval_data = [sha256_of_file(path) for path in eval_paths]
-        has_finished = is_finished(args.output_dir, depends_on, eval_data)
-        if not has_finished:
-            start = choose_start(args.output_dir, args.resume_from_checkpoint, depends_on, args.allow_changes)
-            stack.enter_context(recorded_run(args.output_dir, depends_on, eval_data))
-    has_finished, args.resume_from_checkpoint = broadcast_object_list([has_finished, start])
-    args.eval_on_start &= args.resume_from_checkpoint is None
-    return not has_finished
-
-
-def train_and_save(trainer: RewardModelTrainer) -> None:
-    """Trains, from a checkpoint if the arguments name one, and saves model, state and results."""
-    from apo.run_files import write_results
-
-    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
-    with saving(trainer.args.output_dir):
-        trainer.save_model()
-        trainer.save_state()
-    if trainer.is_world_process_zero():
-        write_results(trainer.args.output_dir, "train", metrics)
 
 
 def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset]) -> dict[str, dict[str, float]]:
@@ -158,6 +117,7 @@ def run(stack: contextlib.ExitStack) -> None:
     import torch
 
     from apo.figures import plot_training_curves
+    from apo.resumable import train_and_save
     from apo.resume import model_version
     from apo.run_files import write_manifest, write_model_card
     from apo.scoring import name_score_files, score_dataset

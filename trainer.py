@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
 
-from apo.cli import InputError, first_few
-from apo.divergence import GuardedTrainer
-from apo.resumable import ResumableTrainer
+from apo.evaluation import Arrays, Fractions, RecordTrainer, Tensors
 from arguments import RewardTrainingArguments
-from models import PROBES, check_saved_model
-from reward_datasets import batch_by_tokens
+from models import PROBES, RewardModel, check_saved_model
 
-CPU_TOKEN_BUDGET = 2048  # larger batches do not fit the caches: at 8,192 tokens a token takes a tenth longer
-
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # ------------------------------------------------------------------------------------------------ losses
 
@@ -165,69 +158,41 @@ def preference_metrics(
 # ------------------------------------------------------------------------------------------------ trainer
 
 
-def logged_fractions(rewards: Tensor, scores: Tensor, apo_mask: Tensor, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What is logged of a micro-batch: (B, R), (B, R), (B,), {name: term of the loss} -> {name: (2,) float64}.
-
-    The two are a sum and what it is divided by, once they are added up over micro-batches and processes.
-    """
+def logged_fractions(rewards: Tensor, scores: Tensor, apo_mask: Tensor, terms: dict[str, Tensor]) -> Fractions:
+    """What is logged of a micro-batch: rewards and scores (B, R), apo_mask (B,), {name: term of its loss}."""
     pairs = preference_pairs(scores)
     golden = pairs & (apo_mask > 0)[:, None, None]
     differences = (rewards[:, :, None] - rewards[:, None, :]).masked_fill(~pairs, 0.0)
     correct = differences > 0
-    fractions = {
+    return {
         "accuracy": (correct.sum(), pairs.sum()),
         "margin": (differences.sum(), pairs.sum()),
         "apo_accuracy": ((correct & golden).sum(), golden.sum()),
-        **{name: (term.detach(), torch.ones_like(term)) for name, term in terms.items()},
+        **{name: (term, torch.ones_like(term)) for name, term in terms.items()},
     }
-    return {name: torch.stack([part.double() for part in fraction]) for name, fraction in fractions.items()}
 
 
-class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
-    """Trains a `RewardModel` on batches of `RewardDataCollator`.
-
-    Evaluation gathers the rewards of all pairs and computes metrics and loss over all of them, so that they depend
-    neither on the batch size nor on the number of processes.
-    """
+class RewardModelTrainer(RecordTrainer):
+    """Trains a `RewardModel` on batches of `RewardDataCollator`."""
 
     loss_is_scaled_for_ga = False  # `compute_loss` returns the mean of a micro-batch
+    prediction = "reward"
     args: RewardTrainingArguments
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if self.args.metric_for_best_model:
-            self._settle_best_metric()
+    def __init__(self, *args: Any, model: RewardModel, **kwargs: Any) -> None:
+        super().__init__(*args, model=model, max_length=model.settings.max_length, **kwargs)
 
-    def _settle_best_metric(self) -> None:
-        """Checks that `--metric_for_best_model` exists; the name of an only evaluation set may be left out."""
-        wanted, sets = self.args.metric_for_best_model, self.eval_dataset
-        bins = self.args.calibration_bins if self.args.rm_calibration else None
-        scores = {name: np.array([[float(any(sets[name]["num_pairs"])), 0.0]]) for name in sets}
-        names = [f"eval_{s}_{m}" for s in sets for m in ("loss", *preference_metrics(scores[s], scores[s], bins))]
-        known = {wanted, f"eval_{wanted}", *(f"eval_{name}_{wanted}" for name in sets if len(sets) == 1)}
-        if not (found := known & set(names)):
-            expected = f"expected one of {', '.join(names)}; a set without pairs has no accuracy"
-            raise InputError(f"--metric_for_best_model {wanted}: no such metric; {expected}")
-        self.args.metric_for_best_model = found.pop()
+    @property
+    def _calibration_bins(self) -> list[int] | None:
+        return self.args.calibration_bins if self.args.rm_calibration else None
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the model, and compares the rewards of what was written with those of the model in memory.
+    def probe(self) -> list[float]:
+        """Rewards of `PROBES`."""
+        return self.model.score(*PROBES)
 
-        All processes compute rewards, since ZeRO-3 gathers weights in each; the main one reloads, on the CPU.
-        """
-        was_training = self.model.training
-        self.model.eval()
-        rewards = self.model.score(*PROBES)
-        self.model.train(was_training)
-        if not all(map(math.isfinite, rewards)):
-            raise InputError(
-                f"step {self.state.global_step}: the run diverged (rewards are NaN or infinite); nothing is saved; "
-                "lower --learning_rate"
-            )
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            is_exact = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-            check_saved_model(output_dir or self.args.output_dir, rewards, self.model.dtype, 1e-3 if is_exact else 0.1)
+    def check_saved(self, folder: str, probed: list[float], tolerance: float) -> None:
+        """See `check_saved_model`."""
+        check_saved_model(folder, probed, self.model.dtype, tolerance)
 
     def _lm_mask(self, scores: Tensor) -> Tensor | None:
         """The responses to model, those scored above the threshold: (B, R) -> (N,) bool (arXiv:2309.03126)."""
@@ -265,91 +230,21 @@ class RewardModelTrainer(GuardedTrainer, ResumableTrainer):
         predictions = self._forward(model, inputs)
         scores, apo_mask = inputs["scores"], inputs["apo_mask"]
         terms = self._loss_terms(scores, apo_mask, *predictions)
-        for name, value in logged_fractions(predictions[0].detach(), scores, apo_mask, terms).items():
-            self.window[name] = self.window.get(name, 0.0) + value
+        self.add_to_window(logged_fractions(predictions[0].detach(), scores, apo_mask, terms))
         return sum(terms.values())
 
-    def eval_batches(self, dataset: Dataset) -> list[list[int]]:
-        """Indices of the items of each batch in evaluation and scoring, over all processes."""
-        pairs = 2 * self.model.settings.max_length * self.args.eval_batch_size
-        default = min(pairs, CPU_TOKEN_BUDGET) if self.args.device.type == "cpu" else pairs
-        return batch_by_tokens(dataset, self.args.eval_token_budget or default, self.data_collator.batching)
+    def predict_batch(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensors, Tensors]:
+        """Returns what `_forward` does, and (scores, apo_mask)."""
+        return self._forward(model, inputs), (inputs["scores"], inputs["apo_mask"])
 
-    def predict_batches(self, dataset: Dataset, batches: list[list[int]]) -> dict[int, np.ndarray]:
-        """Rewards (R,) of the items of some batches of a data set, by index."""
-        output = self.evaluation_loop(self.get_eval_dataloader(dataset, batches), description="Prediction")
-        return dict(zip(output.label_ids[-1].tolist(), output.predictions[0], strict=True))
-
-    def get_eval_dataloader(self, eval_dataset: str | Dataset, batches: list[list[int]] | None = None) -> DataLoader:
-        """This process's share of the batches (default: `eval_batches`); each has the `index` (B,) of its items."""
-        dataset = self.eval_dataset[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
-        batches = self.eval_batches(dataset) if batches is None else batches
-        # All processes run equally many batches, since ZeRO-3 gathers weights in each; who lacks one repeats another.
-        rank, world_size = self.args.process_index, self.args.world_size
-        num_rounds = math.ceil(len(batches) / world_size)
-        share = [batches[(i * world_size + rank) % len(batches)] for i in range(num_rounds)]
-
-        def collate(indices: list[int]) -> dict[str, Any]:
-            return {**self.data_collator([dataset[i] for i in indices]), "index": torch.tensor(indices)}
-
-        return DataLoader(
-            range(len(dataset)),
-            batch_sampler=share,
-            collate_fn=collate,
-            num_workers=self.args.dataloader_num_workers,
-            pin_memory=self.args.dataloader_pin_memory and self.args.device.type != "cpu",
-        )
-
-    get_test_dataloader = get_eval_dataloader  # of `predict`
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """Returns predictions and labels in file order, each item once, and the metrics over all pairs at once.
-
-        Raises:
-            InputError: the reward of a present response is not finite.
-        """
-        self.gather_function = self.accelerator.gather  # the other one would cut what it takes for repeated samples
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        index, rows = np.unique(output.label_ids[-1], return_index=True)
-        rows = rows[index >= 0]  # -1 fills up the share of a process
-        scores, apo_mask, index = labels = tuple(array[rows] for array in output.label_ids)
-        absent = scores < 0  # also where gathering fills up
-        predictions = tuple(np.where(absent, np.nan, array[rows]) for array in output.predictions)
-        bad = index[(~np.isfinite(predictions[0]) & ~absent).any(-1)] + 1
-        if len(bad):
-            found = f"{len(bad)} of {len(index)} records ({first_few([*map(str, bad)])}, counted from 1)"
-            raise InputError(f"{found} got a reward that is not finite; the model diverged, or overflows in --dtype")
+    def metrics_of(self, predictions: Arrays, labels: Arrays) -> dict[str, float]:
+        """Loss and metrics of a whole data set, from the arrays of `predict_batch`."""
+        scores, apo_mask, *_ = labels
         tensors = (torch.as_tensor(array, dtype=torch.float64) for array in (scores, apo_mask, *predictions))
-        bins = self.args.calibration_bins if self.args.rm_calibration else None
         loss = sum(self._loss_terms(*tensors).values()).item()
-        metrics = {"loss": loss, **preference_metrics(predictions[0], scores, bins)}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()} | output.metrics
-        return output._replace(predictions=predictions, label_ids=labels, metrics=metrics)
+        return {"loss": loss, **preference_metrics(predictions[0], scores, self._calibration_bins)}
 
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any
-    ) -> tuple[None, tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
-        """Returns no loss, what `_forward` returns, and (scores, apo_mask, index).
-
-        B is that of the process with the most items; what fills it up elsewhere has the index -1.
-        """
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad():
-            predictions = self._forward(model, inputs)
-        labels = (inputs["scores"], inputs["apo_mask"], inputs["index"])
-        return None, *(self.accelerator.pad_across_processes(part, pad_index=-1) for part in (predictions, labels))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds accuracy, margin and the terms of the loss since the last log to the training log.
-
-        Steps per second of an evaluation are left out: they would count batches of `--per_device_eval_batch_size`.
-        """
-        if "loss" in logs:
-            sums = self.accelerator.reduce(torch.stack(list(self.window.values())), reduction="sum").tolist()
-            logs |= {name: total / count for name, (total, count) in zip(self.window, sums, strict=True) if count}
-            self.window = {}
-        for name in [name for name in logs if name.startswith("eval") and name.endswith("_steps_per_second")]:
-            del logs[name]
-        if not math.isfinite(logs.get("grad_norm", 0.0)):
-            del logs["grad_norm"]  # of a step that fp16 skips; JSON has no infinity
-        super().log(logs, start_time)
+    def metric_names(self, dataset: Dataset) -> list[str]:
+        """Those of `preference_metrics`, which has fewer without pairs."""
+        scores = np.array([[float(any(dataset["num_pairs"])), 0.0]])
+        return list(preference_metrics(scores, scores, self._calibration_bins))

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
+
 from apo.launch import end_with_launcher, exit_worker, process_rank
 
 logger = logging.getLogger(__name__)
@@ -207,6 +209,31 @@ def read_json(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Refuses a key that comes twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if key.value != "<<"]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: found {twice[0]} twice, expected each key once")
+        return super().construct_mapping(node, deep)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Returns the mapping in the YAML file of `--config`.
+
+    Raises:
+        InputError: no such file, no YAML, no mapping, or a key that comes twice.
+    """
+    try:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _YamlLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path}: {' '.join(str(error).split())}; expected a YAML file") from error
+    if not isinstance(settings, dict):
+        raise InputError(f'--config {path}: expected a mapping, such as "max_length: 512" on each line')
+    return settings
 
 
 def sha256_of_file(path: str | Path) -> str:

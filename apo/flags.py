@@ -22,7 +22,7 @@ RANGES = {
     (-sys.float_info.max, sys.float_info.max): "lm_score_thresh",
     (0, 1 - 1e-9): "adam_beta1 adam_beta2 lora_dropout",
     (0, 10**9): "warmup_steps eval_delay dataloader_num_workers",
-    (1e-9, 10**9): "num_train_epochs save_steps eval_steps logging_steps",  # below 1: a share of the run
+    (1e-9, 10**9): "beta num_train_epochs save_steps eval_steps logging_steps",  # steps below 1: a share of the run
     (1, 10**9): "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps max_steps "
     "eval_accumulation_steps save_total_limit torch_empty_cache_steps dataloader_prefetch_factor ddp_timeout "
     "ddp_bucket_cap_mb apo_sample_num eval_token_budget calibration_bins lora_r lora_alpha",
@@ -37,25 +37,25 @@ REFUSED = {
     "a resumed run would not see the data of a whole one": "ignore_data_skip",
     "the preference losses have no smoothing": "label_smoothing_factor",
     "each data set has its column of lengths": "length_column_name",
-    "scoring is --task_type inference": "do_predict",
+    "responses are scored by train.py --task_type inference": "do_predict",
     "the run ends at the first loss that is not finite anyway": "debug",
     "untested here; give --deepspeed": "fsdp fsdp_config parallelism_config",
     "its optimizers are untested here": "optim_args optim_target_modules",
     "upload the output folder with `hf upload`": "push_to_hub hub_token hub_private_repo hub_model_id hub_revision "
     "hub_strategy hub_always_push",
     "every batch has another shape": "torch_compile torch_compile_backend torch_compile_mode",
-    "its kernels are those of a language model": "use_liger_kernel liger_kernel_config",
+    "its kernels are for the forward passes of transformers": "use_liger_kernel liger_kernel_config",
 }
 REFUSED_IN_TREES = {
     "its noise would have the scale of the row of all sequences; give --batching padded": "neftune_noise_alpha"
 }
 NO_EFFECT = {
-    "metrics are computed from the rewards of all pairs of a set": "batch_eval_metrics eval_do_concat_batches "
+    "metrics are computed over all records of a set": "batch_eval_metrics eval_do_concat_batches "
     "eval_use_gather_object include_for_metrics label_names prediction_loss_only",
-    "losses are means over pairs, not over tokens": "average_tokens_across_devices",
+    "a step has one loss, on any number of devices": "average_tokens_across_devices",
     "a loss that is not finite ends the run": "logging_nan_inf_filter",
     "the columns of the data are fixed": "remove_unused_columns",
-    "a reward takes one forward pass": "use_cache",
+    "training and scoring take one forward pass": "use_cache",
 }
 
 
@@ -109,6 +109,10 @@ def check_training(args: TrainingArguments, train_set: Dataset) -> None:
     num_steps = args.max_steps if args.max_steps > 0 else num_steps
     if args.warmup_steps >= max(1, num_steps) and args.lr_scheduler_type != "constant":
         logger.warning("--warmup_steps %d: too many, the run ends after %d steps", args.warmup_steps, num_steps)
+
+
+def check_types(args: TrainingArguments, train_set: Dataset) -> None:
+    """Warns where the type of the records and the task of a reward model do not fit together."""
     num_apo = sum(train_set["is_apo"][:])
     if num_apo and args.task_type != "apo":
         logger.warning('%d training records are "type": "apo", but human pairs without --task_type apo', num_apo)

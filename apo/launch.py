@@ -12,7 +12,12 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +74,19 @@ def prepare_deepspeed(device_type: str) -> None:
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
 
 
+@contextlib.contextmanager
+def whole_models(args: TrainingArguments) -> Iterator[None]:
+    """Loads and runs models as a whole, in one process too, where ZeRO-3 would divide them among all processes."""
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if args.deepspeed:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
 def remove_stale_build_locks() -> None:
     """Deletes the locks that killed builds of PyTorch extensions left: every later run would wait for them forever.
 
@@ -91,7 +109,13 @@ def remove_stale_build_locks() -> None:
 
 def end_with_launcher() -> None:
     """Makes a process of torchrun get SIGTERM when torchrun is killed, instead of running on alone (Linux)."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Makes this process get SIGTERM when the one that started it is killed (Linux)."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 

@@ -17,6 +17,7 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from apo.cli import InputError, raise_interrupt, read_json, write_json
 from apo.launch import process_rank
+from apo.run_files import write_results
 from apo.run_state import find_fault, record_checkpoint, saving
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -133,3 +134,13 @@ class ResumableTrainer(Trainer, TrainerCallback):
             signal.signal(signum, raise_interrupt)
         if self._signum:
             raise_interrupt(self._signum)
+
+
+def train_and_save(trainer: ResumableTrainer) -> None:
+    """Trains, from a checkpoint if the arguments name one, and saves model, state and results."""
+    metrics = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint).metrics
+    with saving(trainer.args.output_dir):
+        trainer.save_model()
+        trainer.save_state()
+    if trainer.is_world_process_zero():
+        write_results(trainer.args.output_dir, "train", metrics)

@@ -13,9 +13,12 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from apo.cli import InputError, first_few, locked, mask_secrets, read_json, refuse, sha256_of_file, write_json
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -195,6 +198,28 @@ def exclusive(output_dir: str | Path) -> Iterator[None]:
         for temporary in Path(output_dir).glob(".*.tmp"):
             temporary.unlink()
         yield
+
+
+def start_training(
+    args: TrainingArguments, depends_on: dict[str, Any], eval_paths: list[str], stack: contextlib.ExitStack
+) -> bool:
+    """Locks the output folder and settles where training starts; returns False if it has finished before.
+
+    All processes get the same decision, that of the main one.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    has_finished = start = None
+    if args.process_index == 0:
+        stack.enter_context(exclusive(args.output_dir))
+        eval_data = [sha256_of_file(path) for path in eval_paths]
+        has_finished = is_finished(args.output_dir, depends_on, eval_data)
+        if not has_finished:
+            start = choose_start(args.output_dir, args.resume_from_checkpoint, depends_on, args.allow_changes)
+            stack.enter_context(recorded_run(args.output_dir, depends_on, eval_data))
+    has_finished, args.resume_from_checkpoint = broadcast_object_list([has_finished, start])
+    args.eval_on_start &= args.resume_from_checkpoint is None
+    return not has_finished
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ SLOW = 0.5  # seconds
 
 
 class CompletionServer(ThreadingHTTPServer):
-    """Serves `/v1/completions` and `/v1/chat/completions`; the response is a hash of prompt and seed.
+    """Serves `/v1/completions`, `/v1/chat/completions` and `/v1/models`; the response is a hash of prompt and seed.
 
     Each request uses up one of `failures`: a status, `"cut"` (the connection breaks during the body), `"half"` (half a
     body without a length), `"slow"` (`SLOW` seconds), or `""` (none).
@@ -23,8 +23,9 @@ class CompletionServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, port: int = 0, model: str = "a-model") -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.model = model
         self.lock = threading.Lock()
         self.reset()
 
@@ -59,6 +60,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: Any) -> None:
         """Nothing on stderr."""
+
+    def do_GET(self) -> None:
+        self._send(200, {"object": "list", "data": [{"id": self.server.model, "object": "model"}]})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

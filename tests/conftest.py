@@ -177,12 +177,12 @@ def command_line(*parts: object, **flags: object) -> list[str]:
     return words
 
 
-def run_main(*parts: object, **flags: object) -> None:
-    """Runs `train.main()` in this process, much quicker than a new one, and puts the environment back afterwards."""
+def run_main(*parts: object, main: Callable[[], None] = train.main, **flags: object) -> None:
+    """Runs a `main()` in this process, much quicker than a new one, and puts the environment back afterwards."""
     environment, argv = dict(os.environ), sys.argv
     sys.argv = ["train.py", *command_line(*parts, **flags)]
     try:
-        train.main()
+        main()
     finally:
         sys.argv = argv
         os.environ.clear()
@@ -250,6 +250,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
 
 def run_train(
     *parts: object,
+    script: str = "train.py",
     num_processes: int | None = None,
     exit_status: int = 0,
     timeout: float = 600,
@@ -261,7 +262,7 @@ def run_train(
     if num_processes:
         launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={num_processes}"]
         launcher += [f"--master_port={free_port()}"]
-    command = [*launcher, str(REPO_ROOT / "train.py"), *command_line(*parts, **flags)]
+    command = [*launcher, str(REPO_ROOT / script), *command_line(*parts, **flags)]
     process = subprocess.Popen(
         command,
         cwd=REPO_ROOT,

@@ -225,9 +225,9 @@ use_cpu: true
     [
         ("pooling_tpye: last", "unknown flag --pooling_tpye; did you mean --pooling_type"),
         ("max_length: many", "--max_length.*many"),
-        ("max_length: 8\nmax_length: 9", "run.yaml: found max_length twice"),
-        ("- max_length", "run.yaml: expected a mapping of flags"),
-        ("max_length: [8", "run.yaml: .*expected a YAML file of flags"),
+        ("max_length: 8\nmax_length: 9", "run.yaml: line 1: found max_length twice"),
+        ("- max_length", "run.yaml: expected a mapping"),
+        ("max_length: [8", "run.yaml: .*expected a YAML file"),
     ],
 )
 def test_wrong_run_file_is_refused_in_one_line(tmp_path, text, message):

@@ -15,6 +15,7 @@ from conftest import CHECKPOINT, E2E, REPO_ROOT, read_json, run_main
 
 from apo.cli import InputError
 from arguments import build_arguments, parse_flags
+from llm_arguments import parse_llm_flags
 
 README = (REPO_ROOT / "README.md").read_text(encoding="utf-8")
 DOCUMENTS = [
@@ -22,7 +23,7 @@ DOCUMENTS = [
     *sorted((REPO_ROOT / "docs").glob("*.md")),
 ]
 TOOLS = sorted(path.stem for path in (REPO_ROOT / "tools").glob("*.py"))
-MODULES = ("arguments", "models", "reward_datasets", "trainer", r"apo\.\w+")
+MODULES = ("arguments", "llm_arguments", "models", "reward_datasets", "trainer", r"apo\.\w+")
 
 
 def name_of(path: Path) -> str:
@@ -64,7 +65,7 @@ def import_tool(script: str) -> ModuleType:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_parses(command, monkeypatch, tmp_path):
-    """A command is a script, train.py, a tool, or one of the few shell commands named here."""
+    """A command is a script, one of the programs, a tool, or one of the few shell commands named here."""
     monkeypatch.chdir(REPO_ROOT)
     own_files = [word for word in command if word.startswith(("configs/", "data/sample/", "scripts/", "tools/"))]
     assert [path for path in own_files if not Path(path).exists()] == []
@@ -80,6 +81,8 @@ def test_command_parses(command, monkeypatch, tmp_path):
         # With its DeepSpeed config, building the arguments would start a process group.
         flags.use_cpu, flags.deepspeed, flags.output_dir = True, None, str(tmp_path)
         build_arguments(flags)
+    elif script == "train_llm.py":
+        parse_llm_flags(command[command.index(script) + 1 :])
     else:
         assert command[0] == "python"
         monkeypatch.setattr(sys, "argv", command[1:])

@@ -240,7 +240,7 @@ def random_items(num: int, num_responses: int = 2, seed: int = 0) -> list[dict]:
     ],
 )
 def test_tokens_of_an_evaluation_batch_on_a_cpu(tmp_path, monkeypatch, flags, budget):
-    monkeypatch.setattr("trainer.batch_by_tokens", lambda dataset, budget, batching: budget)
+    monkeypatch.setattr("apo.evaluation.batch_by_tokens", lambda dataset, budget, batching: budget)
     model, tokenizer = load_model(max_length=512)
     assert make_trainer(tmp_path, model, tokenizer, random_items(1), **flags).eval_batches([]) == budget
 

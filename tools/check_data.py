@@ -28,10 +28,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from apo.batches import count_tokens
 from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, first_few
 from apo.prompts import DOUBTS, normalize_space
 from apo.records import PreferenceRecord, iter_valid, parse_record, record_kind
-from reward_datasets import Encoded, build_sequence, count_tokens, encode_records, preferred_pairs
+from reward_datasets import Encoded, build_sequence, encode_records, preferred_pairs
 
 if TYPE_CHECKING:
     from apo.tokenizer import RewardTokenizer

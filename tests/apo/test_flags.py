@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from apo.cli import InputError
 from apo.flags import NO_EFFECT, RANGES, REFUSED, REFUSED_IN_TREES
 from arguments import ModelArguments, RewardTrainingArguments
+from llm_arguments import LLMArguments
 
 WORK = """output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
     lr_scheduler_kwargs warmup_steps optim weight_decay adam_beta1 adam_beta2 adam_epsilon
@@ -37,7 +38,9 @@ def test_every_flag_of_transformers_has_one_verdict():
     verdicts = [*WORK.split(), *names_of(REFUSED), *names_of(REFUSED_IN_TREES), *names_of(NO_EFFECT)]
     assert len(verdicts) == len(set(verdicts))
     assert sorted({field.name for field in fields(TrainingArguments)} ^ set(verdicts)) == []
-    known = {field.name for group in (ModelArguments, RewardTrainingArguments) for field in fields(group)}
+    known = {
+        field.name for group in (ModelArguments, LLMArguments, RewardTrainingArguments) for field in fields(group)
+    }
     assert set(names_of(RANGES)) <= known
 
 
@@ -71,7 +74,7 @@ def test_flag_without_effect_is_named_and_gets_its_default(name, caplog):
     assert caplog.text.count(f"--{name} has no effect: ") == 1
 
 
-@pytest.mark.parametrize("name", [name for name in names_of(RANGES) if name != "max_length"])
+@pytest.mark.parametrize("name", [name for name in names_of(RANGES) if name not in ("max_length", "beta")])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -2])
 def test_number_that_is_not_finite_or_too_small_is_refused(name, value):
     if name == "lm_score_thresh" and value == -2:

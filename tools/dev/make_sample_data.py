@@ -35,6 +35,8 @@ RM_PROMPTS, LLM_PROMPTS = 440, 110
 VALID_PROMPTS, VALID_GOLDEN = 160, 60
 TEST_PROMPTS, TEST_GOLDEN = 400, 150
 VALID_TASKS, TEST_TASKS = 10, 22  # the other tasks are for training
+# Further prompts about the tasks of training: to align, to test, and to fine-tune an LLM that writes such responses.
+GAME_TRAIN, GAME_TEST, GAME_SFT = 300, 150, 560
 
 # ((polite, concrete) of the better response, of the worse response) -> how often
 HUMAN_PREFERENCES = {
@@ -87,9 +89,9 @@ def make_response(rng: random.Random, task: str, polite: bool = True, concrete: 
 def repeat_step(rng: random.Random, task: str, other: str) -> str:
     """Repeats one step."""
     step = rng.choice(STEPS[task])
-    link = rng.choice((", then ", " and ", ", and then "))
-    repeats = link.join([step] * rng.randint(3, 4))
-    return join_parts(rng.choice(TEXTS["polite_openers"]), f"First {repeats}.", rng.choice(TEXTS["polite_closers"]))
+    link = rng.choice(TEXTS["repeat_links"])
+    repeats = TEXTS["repeats"].format(steps=link.join([step] * rng.randint(3, 4)))
+    return join_parts(rng.choice(TEXTS["polite_openers"]), repeats, rng.choice(TEXTS["polite_closers"]))
 
 
 def stop_early(rng: random.Random, task: str, other: str) -> str:
@@ -155,6 +157,24 @@ def sampled_records(rng: random.Random, prompts: list[Prompt], tasks: list[str])
     return records
 
 
+def make_game_data(rng: random.Random, tasks: list[str], known: list[Prompt]) -> dict[str, list[dict]]:
+    """The files of the game: prompts about `tasks` whose last turn none of `known` has; responses to some of them.
+
+    An LLM that imitates these, besides good ones, gets their flaws. They are in the field `golden`, which SFT reads.
+    """
+    known_turns = {prompt.query.rpartition("\n\nHuman:")[2] for prompt in known}
+    num_prompts = len(tasks) * len(TEXTS["questions"]) * len(TEXTS["situations"])  # all there are, in random order
+    prompts = make_prompts(rng, tasks, num_prompts, itertools.count())
+    new = [prompt for prompt in prompts if prompt.query.rpartition("\n\nHuman:")[2] not in known_turns]
+    queries = [{"query_id": f"game_{i}", "query": prompt.query} for i, prompt in enumerate(new)]
+    sft = range(GAME_TRAIN + GAME_TEST, GAME_TRAIN + GAME_TEST + GAME_SFT)
+    return {
+        "llm_data/game_prompts.train.json": queries[:GAME_TRAIN],
+        "eval_data/game_prompts.test.json": queries[GAME_TRAIN : GAME_TRAIN + GAME_TEST],
+        "llm_data/game_sft.train.json": [queries[i] | {"golden": make_sampled(rng, new[i].task, tasks)} for i in sft],
+    }
+
+
 def make_sample_data(seed: int) -> dict[str, list[dict]]:
     """All files, {path below the output folder: records}; the same seed gives the same texts."""
     rng = random.Random(seed)
@@ -170,7 +190,7 @@ def make_sample_data(seed: int) -> dict[str, list[dict]]:
     test = make_prompts(rng, test_tasks, TEST_PROMPTS, ids)
 
     rm_pairs, llm_pairs = human_records(rng, rm), human_records(rng, llm)
-    return {
+    files = {
         "rm_data/hh_split_rm.train.json": rm_pairs,
         "llm_data/hh_split_llm.train.json": llm_pairs,
         "hh_cleaned_origin.train.json": rm_pairs + llm_pairs,
@@ -183,6 +203,7 @@ def make_sample_data(seed: int) -> dict[str, list[dict]]:
         "eval_data/hh_cleaned_origin_test.golden.json": golden_records(rng, test[:TEST_GOLDEN]),
         "eval_data/hh_cleaned_origin_test_llm_v0.sample.json": sampled_records(rng, test[:TEST_GOLDEN], test_tasks),
     }
+    return files | make_game_data(random.Random(seed), train_tasks, train)
 
 
 def parse_args() -> argparse.Namespace:

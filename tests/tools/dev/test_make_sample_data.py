@@ -10,6 +10,7 @@ from apo.records import load_preference_data
 from tools.dev.make_sample_data import LABEL_NOISE, TEST_PROMPTS, TEXTS, make_sample_data
 
 SAMPLE_DIR = Path(__file__).resolve().parents[3] / "data" / "sample"
+GAME = ("llm_data/game_prompts.train.json", "eval_data/game_prompts.test.json", "llm_data/game_sft.train.json")
 TRAIN = ("rm_data/hh_split_rm.train.json", "llm_data/hh_split_llm.train.json")
 VALID, TEST = "eval_data/hh_split_llm.valid.json", "eval_data/hh_cleaned_origin.test.json"
 PAIR_FILES = (*TRAIN, "hh_cleaned_origin.train.json", VALID, TEST)
@@ -56,6 +57,13 @@ def test_no_prompt_and_no_task_is_in_two_splits():
     assert sum(map(len, splits)) == len(set.union(*splits)) == len(TEXTS["tasks"])
     all_queries = [query for name in (*TRAIN, VALID, TEST) for query in queries(name)]
     assert len(all_queries) == len(set(all_queries))
+
+
+def test_game_prompts_are_about_tasks_of_training_in_new_words():
+    """A question and its situation, the last turn, are new; an earlier exchange before it does not make them so."""
+    turns = [{query.rpartition("Human:")[2] for query in queries(name)} for name in (*GAME, *TRAIN)]
+    assert sum(map(len, turns)) == len(set.union(*turns)) == sum(len(load(name)) for name in (*GAME, *TRAIN))
+    assert set.union(*map(mentioned_tasks, GAME)) == set.union(*map(mentioned_tasks, TRAIN))
 
 
 def test_cleaned_training_file_is_the_rm_and_the_llm_part():

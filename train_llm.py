@@ -1,0 +1,229 @@
+"""Aligns an LLM on scored responses, by rejection sampling (RJS), DPO, RRHF or on golden responses (SFT).
+
+    python train_llm.py --model_name_or_path outputs/llm --align_type dpo --do_train True \\
+        --train_data_path outputs/rejection_sampling/best_text_scores.json --output_dir outputs/llm_1
+    torchrun --nproc_per_node=8 train_llm.py --config llm.yaml
+
+The result is a folder of transformers, which `AutoModelForCausalLM` and `tools/inference_llm.py` load.
+`python train_llm.py --help` lists every flag.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from apo.cli import InputError, exit_on_input_error, write_json
+from apo.launch import exit_worker, prepare_deepspeed, set_ranks_of_one_process, setup_logging
+from apo.run_state import exclusive, refuse_results_of_another, start_training, weights_depend_on
+from reward_datasets import name_datasets
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+    from apo.policy import PolicyTrainer
+    from arguments import CommonTrainingArguments
+    from llm_arguments import LLMArguments, LLMDataArguments
+
+logger = logging.getLogger("train_llm")
+
+NUM_DEBUG_RECORDS = 64
+
+
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, llm_args: LLMArguments) -> None:
+    """Refuses a reference model with another vocabulary, which would read other texts from the same ids."""
+    from apo.sampling import load_tokenizer
+
+    reference = load_tokenizer(llm_args.reference_model, "plain")
+    if reference.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"--reference_model {llm_args.reference_model}: its vocabulary is another than that of "
+            f"{llm_args.model_name_or_path}; expected an earlier state of the same model"
+        )
+
+
+def load_data(
+    llm_args: LLMArguments,
+    data_args: LLMDataArguments,
+    args: CommonTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_paths: dict[str, str],
+) -> tuple[datasets.Dataset | None, dict[str, datasets.Dataset]]:
+    """Returns the training data, None without training, and {name: data} of the evaluation files {name: path}."""
+    import datasets
+
+    from apo.flags import check_training
+    from apo.policy_data import load_policy_dataset
+
+    load = functools.partial(
+        load_policy_dataset,
+        tokenizer=tokenizer,
+        align_type=llm_args.align_type,
+        template=llm_args.prompt_template,
+        max_length=llm_args.max_length,
+        cache_dir=data_args.cache_dir,
+        num_records=NUM_DEBUG_RECORDS if args.debug_mode else None,
+    )
+    train_set = None
+    if args.do_train:
+        train_set = datasets.concatenate_datasets([load(path) for path in data_args.train_data_path])
+        check_training(args, train_set)
+        prompt, response = train_set[0]["prompt_ids"], train_set[0]["response_ids"][0]
+        logger.info("example: prompt %r, best response %r", tokenizer.decode(prompt), tokenizer.decode(response))
+    return train_set, {name: load(path) for name, path in eval_paths.items()}
+
+
+def evaluate_all(trainer: PolicyTrainer, eval_sets: dict[str, datasets.Dataset]) -> dict[str, dict[str, float]]:
+    """Evaluates each set under its own name and writes the results; returns {name: metrics}."""
+    from transformers import PrinterCallback
+
+    from apo.run_files import format_table, write_results
+
+    trainer.remove_callback(PrinterCallback)  # the table says it in less
+    results = {}
+    for name, eval_set in eval_sets.items():
+        metrics = trainer.predict(eval_set, metric_key_prefix=f"eval_{name}").metrics
+        trainer.log(dict(metrics))
+        results[name] = {key: value for key, value in metrics.items() if not key.endswith("_steps_per_second")}
+    if trainer.is_world_process_zero():
+        output_dir = trainer.args.output_dir
+        write_json(os.path.join(output_dir, "final_eval_results.json"), results)
+        write_results(output_dir, "eval", {key: value for found in results.values() for key, value in found.items()})
+        columns = ("loss", "accuracy", "reward_weighted_accuracy", "margin", "pairs", "response_length")
+        rows = [(name, *(_format(found.get(f"eval_{name}_{c}")) for c in columns)) for name, found in results.items()]
+        print(format_table(("evaluation set", *columns), rows))
+    return results
+
+
+def _format(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+@exit_on_input_error
+def main() -> None:
+    """Runs the command line."""
+    with contextlib.ExitStack() as stack:  # the lock and the recorded state of a training run
+        run(stack)
+
+
+def run(stack: contextlib.ExitStack) -> None:
+    """Parse -> data -> reference -> model -> trainer -> train, evaluate -> save; the caller closes `stack`."""
+    setup_logging()
+    from llm_arguments import build_llm_arguments, parse_llm_flags
+
+    flags = parse_llm_flags()
+    if flags.deepspeed:
+        set_ranks_of_one_process()
+    llm_args, data_args, args = build_llm_arguments(flags)
+
+    # The rest of the heavy imports, once the command line is known to be right.
+    import torch
+    from accelerate.utils import broadcast_object_list
+
+    from apo.figures import plot_training_curves
+    from apo.policy import PolicyTrainer
+    from apo.policy_data import PolicyDataCollator, fingerprint
+    from apo.policy_model import load_policy
+    from apo.reference import add_reference_logps
+    from apo.resumable import train_and_save
+    from apo.resume import model_version
+    from apo.run_files import write_manifest
+    from apo.sampling import load_tokenizer
+    from apo.tree import TREE_ATTENTIONS, choose_attention
+    from models import count_positions, load_config
+
+    # ---- model and tokenizer, by their files
+    model_path = llm_args.model_name_or_path
+    config = load_config(model_path)
+    if llm_args.max_length > count_positions(config):
+        raise InputError(f"--max_length {llm_args.max_length}: the model has {count_positions(config):g} positions")
+    tokenizer = load_tokenizer(model_path, llm_args.prompt_template)
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{model_path}: the tokenizer has no eos token, which ends every response")
+    if llm_args.reference_model:
+        check_same_tokens(tokenizer, llm_args)
+
+    # ---- data
+    eval_paths = name_datasets(data_args.eval_data_path)
+    train_set, eval_sets = load_data(llm_args, data_args, args, tokenizer, eval_paths)
+
+    # ---- where training starts
+    if args.deepspeed:
+        prepare_deepspeed(args.device.type)
+    is_main = args.process_index == 0
+    configs = {path: load_config(path) for path in (model_path, llm_args.reference_model) if path}
+    commits = {path: getattr(found, "_commit_hash", None) for path, found in configs.items()}
+    versions = {path: model_version(path, commit) for path, commit in commits.items()} if is_main else None
+    [versions] = broadcast_object_list([versions])
+    depends_on: dict[str, Any] = {}
+    if args.do_train:
+        more = {**asdict(llm_args), "model_name_or_path": versions[model_path], "tokenizer": fingerprint(tokenizer)}
+        more |= {"reference_model": versions.get(llm_args.reference_model), "num_processes": args.world_size}
+        depends_on = weights_depend_on(args.to_dict(), data_args.train_data_path, data_args.eval_data_path, **more)
+        if not start_training(args, depends_on, data_args.eval_data_path, stack):
+            if is_main:
+                print(f"{args.output_dir}: this run has finished before; nothing is left to do")
+            return
+    else:
+        refuse_results_of_another(args.output_dir, model_path)
+        if is_main:
+            stack.enter_context(exclusive(args.output_dir))
+
+    # ---- the reference model, alone in memory
+    dtype = getattr(torch, llm_args.dtype)
+    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
+    attention = choose_attention(config, args.batching, args.device, compute_dtype)
+    if reference_path := llm_args.reference_model:
+        data_sets = [*eval_sets.values(), *([train_set] if train_set else [])]
+        data_sets = add_reference_logps(
+            data_sets,
+            reference_path,
+            configs[reference_path],
+            args,
+            version=versions[reference_path],
+            dtype=dtype,
+            attention=attention,
+            max_length=llm_args.max_length,
+            cache_dir=data_args.cache_dir,
+        )
+        eval_sets = dict(zip(eval_sets, data_sets, strict=False))
+        train_set = data_sets[-1] if train_set else None
+
+    # ---- model and trainer
+    model = load_policy(model_path, config, dtype=dtype, attention=attention)
+    trainer = PolicyTrainer(
+        model=model,
+        args=args,
+        align_type=llm_args.align_type,
+        beta=llm_args.beta,
+        max_length=llm_args.max_length,
+        data_collator=PolicyDataCollator("tree" if attention in TREE_ATTENTIONS else "padded"),
+        train_dataset=train_set,
+        eval_dataset=eval_sets or None,
+        processing_class=tokenizer,
+    )
+    trainer.depends_on = depends_on
+    assert bool(args.deepspeed) == trainer.is_deepspeed_enabled, "the DeepSpeed config was dropped"
+    if is_main:
+        arguments = {**asdict(llm_args), **asdict(data_args), **args.to_dict(), "world_size": args.world_size}
+        write_manifest(args.output_dir, arguments, [*data_args.train_data_path, *data_args.eval_data_path])
+
+    # ---- train, then evaluate
+    if args.do_train:
+        train_and_save(trainer)
+    if eval_sets:
+        evaluate_all(trainer, eval_sets)
+    if args.do_train and is_main:
+        plot_training_curves(args.output_dir, trainer.state.log_history)
+        print(f"model and results: {args.output_dir}; tools/inference_llm.py samples from this model")
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()
+    exit_worker()
