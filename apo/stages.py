@@ -71,7 +71,8 @@ class Stage:
     @property
     def settings(self) -> dict[str, str]:
         """What two runs of the stage have to agree on."""
-        flags = {name: " ".join(values) for name, values in self.flags.items() if name not in NOT_COMPARED}
+        flags = {name: " ".join(values or ["given"]) for name, values in self.flags.items()}
+        flags = {name: value for name, value in flags.items() if name not in NOT_COMPARED}
         return {"program": " ".join((*self.launcher, self.program)), **flags}
 
     @property

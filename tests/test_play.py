@@ -100,7 +100,7 @@ def test_change_is_refused_before_anything_runs_and_redo_goes_on(short_game, bas
     original = short_game.read_text(encoding="utf-8")
     write_game(folder, base_llama, pair={"group": True})
     error = refused(short_game)
-    assert "1/pair was run with group None, now ; give the same again, or --redo 1/pair moves it aside" in error
+    assert "1/pair was run with group None, now given; give the same again, or --redo 1/pair moves it aside" in error
     said = play(short_game, "--redo", "1/pair").stdout
     assert said.startswith(f"moved to {folder / 'game' / 'old_1'}, which you may delete: 1/pair, 1/train_rm;")
     assert (folder / "game" / "old_1" / "round_1" / "train_rm" / "model.safetensors").is_file()
