@@ -161,6 +161,7 @@ class RewardModel(PreTrainedModel):
     """
 
     _keys_to_ignore_on_load_unexpected = (r"lm_head\.", r"embed_out\.")  # LM heads are read with the LM loss only
+    _keep_in_fp32_modules_strict = ("reward_head",)
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_attention_backend = True  # the backbone refuses what it does not support
     tokenizer: RewardTokenizer
@@ -258,7 +259,8 @@ class RewardModel(PreTrainedModel):
             hidden = self.base_model(
                 input_ids=input_ids, position_ids=tree["position_ids"], use_cache=False, attend=attend
             ).last_hidden_state  # (1, S, D)
-        token_rewards = self.reward_head(hidden).squeeze(-1).float()
+        with torch.autocast(hidden.device.type, enabled=False):  # 16 bits would make close rewards equal
+            token_rewards = self.reward_head(hidden.to(self.reward_head.weight.dtype)).squeeze(-1).float()
         if tree is not None:
             token_rewards = token_rewards[0, tree["paths"]]
         rewards = pool_rewards(token_rewards, attention_mask, self.settings.pooling_type)  # (N, T) -> (N,)

@@ -14,6 +14,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from apo.batches import batch_by_tokens
 from apo.cli import InputError, first_few
 from apo.divergence import GuardedTrainer
+from apo.launch import whole_models
 from apo.resumable import ResumableTrainer
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class RecordTrainer(GuardedTrainer, ResumableTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             is_exact = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-            self.check_saved(output_dir or self.args.output_dir, probed, 1e-3 if is_exact else 0.1)
+            with whole_models(self.args):
+                self.check_saved(output_dir or self.args.output_dir, probed, 1e-3 if is_exact else 0.1)
 
     # ---- evaluation
 

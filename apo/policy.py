@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from apo.evaluation import Arrays, Fractions, RecordTrainer, Tensors
-from apo.launch import whole_models
 from apo.policy_model import check_saved_policy, probe_logprobs
 
 if TYPE_CHECKING:
@@ -219,5 +218,4 @@ class PolicyTrainer(RecordTrainer):
 
     def check_saved(self, folder: str, probed: list[float], tolerance: float) -> None:
         """See `check_saved_policy`."""
-        with whole_models(self.args):
-            check_saved_policy(folder, torch.tensor(probed), self.model.dtype, tolerance)
+        check_saved_policy(folder, torch.tensor(probed), self.model.dtype, tolerance)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,8 @@ from apo.resume import Keep, ResultStore, complete_items, read_recorded
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import Trainer
+
+logger = logging.getLogger(__name__)
 
 BATCHES_PER_PART = 4  # that a process scores before their rewards are kept
 
@@ -34,6 +38,16 @@ def name_score_files(output_dir: str, eval_names: list[str], suffix: str) -> dic
             raise InputError(f"--eval_data_path: found two files with scores for {path}; score them separately")
         paths[name] = path
     return paths
+
+
+def warn_of_equal_rewards(path: Path, records: list[dict[str, float]], response_keys: Sequence[list[str]]) -> None:
+    """Warns of prompts whose responses all have one reward, as those that a cut on the right leaves nothing of."""
+    rewards = iter([reward for record in records for reward in record.values()])
+    of_prompts = [[next(rewards) for _ in keys] for keys in response_keys]
+    num_equal = sum(len(values) > 1 and len({*values}) == 1 for values in of_prompts)
+    if num_equal:
+        text = "%s: %d of %d prompts have the same reward for all responses; are they cut away (--max_length)?"
+        logger.warning(text, path, num_equal, len(of_prompts))
 
 
 def score_dataset(trainer: Trainer, dataset: Dataset, path: Path, settings: dict[str, Any]) -> None:
@@ -80,7 +94,7 @@ def score_dataset(trainer: Trainer, dataset: Dataset, path: Path, settings: dict
         if path.exists() and recorded != settings["model"]:
             found = f"found the rewards of another model, {recorded}, expected those of {settings['model']}"
             refuse(f"{path}: {found}; give another --data_suffix or --output_dir", trainer.args.allow_changes)
-        complete_items(
+        records = complete_items(
             store,
             {str(number): batch for number, batch in enumerate(batches)},
             store.load(),
@@ -89,4 +103,5 @@ def score_dataset(trainer: Trainer, dataset: Dataset, path: Path, settings: dict
             noun="batches",
             progress=not trainer.args.disable_tqdm,
         )
+    warn_of_equal_rewards(path, records, dataset["response_keys"])
     print(f"{path}: rewards of the responses of {len(dataset)} records")

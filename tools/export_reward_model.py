@@ -147,14 +147,15 @@ def write_model(
     dtype: torch.dtype | None,
     output_dir: Path,
 ) -> None:
-    """Writes config and weights, the reward head as `score.weight`, in the type of the checkpoint."""
+    """Writes config and weights, in the type of the checkpoint, but the reward head, `score.weight`, in its own."""
     import torch
 
     config = model.config
     config.update({"num_labels": 1, "id2label": {0: "reward"}, "label2id": {"reward": 0}})
     config.update({"problem_type": "regression", "pad_token_id": pad_token_id})  # else pipelines apply a sigmoid
     weights = {name: weight.to(dtype or weight.dtype) for name, weight in model.state_dict().items()}
-    weights["score.weight"] = weights.pop("reward_head.weight")
+    del weights["reward_head.weight"]
+    weights["score.weight"] = model.reward_head.weight
     with torch.device("meta"):
         exported = model_class(config)
     exported.load_state_dict(weights, assign=True)

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import sentencepiece
 from conftest import CHECKPOINT, make_bpe_tokenizer
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, LlamaConfig
@@ -50,7 +50,9 @@ def tokenizers(tmp_path_factory):
 @example(prompt="--------- aaaaaaaaa", response="\n\n\n   \t▁▁ e\u0301")
 @settings(max_examples=200, deadline=None)
 def test_ids_are_those_of_training(tokenizers, kind, prompt, response):
+    """Special tokens as text are left out: this project reads them as text, other libraries as tokens."""
     own, fast = tokenizers[kind]
+    assume(not any(token in prompt + response for token in fast.all_special_tokens))
     prompt_ids, response_ids = own.encode([prompt, response])
     expected = [own.bos_token_id, *prompt_ids, own.sep_token_id, *response_ids]
     text = f"{fast.bos_token}{prompt}<sep>{response}"

@@ -147,6 +147,14 @@ def test_second_run_into_the_same_file_is_refused(samples, tmp_path, capsys):
     assert "rank0.lock, held by process" in capsys.readouterr().err
 
 
+def test_responses_that_are_cut_away_are_a_warning(tmp_path, caplog):
+    record = {"query": "A long prompt that fills all of the tokens and more.", "sample_0": " Yes.", "sample_1": " No."}
+    records = [{"query_id": "1", **record}, {"query_id": "2", **record, "query": "?"}]
+    cut = {"truncation_side": "right", "max_length": 12}
+    run_main(**flags(write_records(tmp_path / "samples.json", records), tmp_path, **cut))
+    assert "1 of 2 prompts have the same reward for all responses" in caplog.text
+
+
 def test_repeated_query_ids_are_refused(tmp_path, capsys):
     record = read_json(E2E / "samples.json")[0]
     path = write_records(tmp_path / "twice.json", [record, record])

@@ -421,7 +421,9 @@ def test_weights_keep_their_type(tmp_path, base):
     source = make_reward_model(tmp_path / "rm", base["bpe"])
     RewardModel.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
     exported = Exported(source, tmp_path / "exported")
-    assert {weight.dtype for weight in load_file(exported.folder / "model.safetensors").values()} == {torch.bfloat16}
+    weights = load_file(exported.folder / "model.safetensors")
+    assert weights.pop("score.weight").dtype == torch.float32
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
     assert_exact(exported.rewards_of_texts(exported.texts(SHORT)), exported.expected(SHORT))
 
 
