@@ -92,7 +92,8 @@ class RecordTrainer(GuardedTrainer, ResumableTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             is_exact = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-            with whole_models(self.args):
+            devices = [self.args.device] if self.args.device.type == "cuda" else []
+            with whole_models(self.args), torch.random.fork_rng(devices):  # loading sets the seed
                 self.check_saved(output_dir or self.args.output_dir, probed, 1e-3 if is_exact else 0.1)
 
     # ---- evaluation

@@ -344,9 +344,10 @@ def test_strict_counts_findings_across_files(tmp_path, run_main):
 
 
 def test_sample_data_is_clean_under_strict():
+    """Without the files of the game, which hold prompts alone, or golden responses for an LLM."""
     folders = (SAMPLE / "rm_data", SAMPLE / "llm_data")
-    train = [SAMPLE / "hh_cleaned_origin.train.json", *(path for folder in folders for path in folder.iterdir())]
-    evaluation = (SAMPLE / "eval_data").iterdir()
+    train = [SAMPLE / "hh_cleaned_origin.train.json", *(path for folder in folders for path in folder.glob("hh_*"))]
+    evaluation = (SAMPLE / "eval_data").glob("hh_*")
     done = run_tool("check_data.py", "--train_data_path", *train, "--eval_data_path", *evaluation, "--strict")
     assert "findings in total: 0" in done.stdout and "FOUND" not in done.stdout
 
