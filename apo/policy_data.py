@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ALIGN_TYPES = ("rjs", "dpo", "rrhf", "sft")
-DATASET_VERSION = 1  # part of the cache key: raise it when the rows of `tokenize_records` change
+DATASET_VERSION = 2  # part of the cache key: raise it when the rows of `tokenize_records` change
 TOKENIZE_BATCH_SIZE = 512
 UNCUT = 10**9
 SCORE_IT = (

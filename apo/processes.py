@@ -68,6 +68,13 @@ def start(words: list[str], log: IO[bytes], lock: int) -> subprocess.Popen:
         raise InputError(f"{shlex.join(words)[:200]}: {error.strerror}; install {words[0]}, or change it") from error
 
 
+def wait_for(process: subprocess.Popen) -> int:
+    """Returns the exit status of a command. It looks up now and then: a signal may reach another thread than this."""
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(timeout=60)
+
+
 def send(process: subprocess.Popen, signum: int) -> None:
     """Sends a signal to a command and what it has started."""
     with contextlib.suppress(ProcessLookupError):
@@ -86,14 +93,14 @@ def run_command(stage: Stage, log_path: Path, lock: int) -> None:
     with open(log_path, "ab") as log:
         process = start(job(stage, log_path) if stage.slurm is not None else stage.command, log, lock)
         try:
-            status = process.wait()
+            status = wait_for(process)
         except KeyboardInterrupt as error:
             signum = signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
             if stage.slurm is None:
                 send(process, signum)
             else:
                 cancel_job(stage, signum)
-            process.wait()
+            wait_for(process)
             raise
     if status:
         how = f"status {status}" if status > 0 else signal.Signals(-status).name
