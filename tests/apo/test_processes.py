@@ -65,7 +65,11 @@ def test_signal_is_passed_on_and_the_command_may_save(stage, lock, tmp_path, sig
     lines = [f"trap 'sleep 0.5; echo {name} >> {tmp_path}/saved; exit 7' {name}", f"touch {tmp_path}/ready"]
     game = stage(*lines, "while true; do sleep 0.1; done")
     before = signal.signal(signum, raise_interrupt)
-    killer = ["bash", "-c", f"until [[ -e {tmp_path}/ready ]]; do sleep 0.1; done; kill -{name} {os.getpid()}"]
+    killer = [
+        "bash",
+        "-c",
+        f"until [[ -e {tmp_path}/ready ]]; do sleep 0.1; done; sleep 0.5; kill -{name} {os.getpid()}",
+    ]
     with subprocess.Popen(killer):
         try:
             with pytest.raises(KeyboardInterrupt) as error:
