@@ -145,6 +145,11 @@ class CommonTrainingArguments(TrainingArguments):
         default="non_padding", help="Tokens to count in the log: non_padding, all or no."
     )
 
+    @property
+    def num_records(self) -> int | None:
+        """Records to use of each file; None: all."""
+        return 64 if self.debug_mode else None
+
     def __post_init__(self) -> None:
         check_flags(self)
         if self.deepspeed:

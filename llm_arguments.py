@@ -9,6 +9,7 @@ from typing import Literal
 
 from transformers.hf_argparser import HfArg
 
+from apo.cli import InputError
 from apo.flags import check_flags
 from arguments import CommonTrainingArguments, build_groups, check_dtype, check_paths, parse_flags
 
@@ -43,7 +44,7 @@ class LLMArguments:
     def __post_init__(self) -> None:
         check_flags(self)
         if self.align_type != "dpo":
-            if self.reference_model or self.beta != 0.1:
+            if self.reference_model or self.beta != type(self).beta:
                 logger.warning("--beta and --reference_model have no effect with --align_type %s", self.align_type)
             self.reference_model = None
         else:
@@ -80,4 +81,9 @@ def build_llm_arguments(
     llm_args, data_args, args = build_groups(flags, GROUPS)
     check_paths(data_args, args)
     check_dtype(llm_args.dtype, args)
+    if llm_args.reference_model == llm_args.model_name_or_path and not args.do_train:
+        raise InputError(
+            "--align_type dpo without --do_train compares a model with its reference, here itself; give as "
+            "--reference_model what it was trained from"
+        )
     return llm_args, data_args, args

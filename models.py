@@ -28,7 +28,7 @@ from apo.cli import InputError, first_few
 from apo.divergence import refuse_non_finite
 from apo.run_state import check_weights
 from apo.tokenizer import RewardTokenizer, load_reward_tokenizer
-from apo.tree import TREE_ATTENTIONS, choose_attention, prepare_attention
+from apo.tree import batching_of, choose_attention, prepare_attention
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ def resolve_settings(config: PreTrainedConfig, **flags: Any) -> RewardSettings:
     """
     recorded = getattr(config, "reward_settings", {})
     if not recorded and is_classifier(config):
-        recorded = {"pooling_type": "last" if config.pad_token_id == config.eos_token_id else "eos"}
+        eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        recorded = {"pooling_type": "last" if config.pad_token_id in eos else "eos"}
     known = [field.name for field in fields(RewardSettings)]
     if not isinstance(recorded, dict) or not set(recorded) <= set(known):
         raise InputError(f"config.json: found reward_settings {recorded}, known: {', '.join(known)}")
@@ -88,10 +89,11 @@ def resolve_settings(config: PreTrainedConfig, **flags: Any) -> RewardSettings:
                 "--%s %s contradicts the checkpoint, which was trained with %s", name, value, recorded[name]
             )
     settings = RewardSettings(**{**recorded, **given})
-    if settings.pooling_type not in POOLING_TYPES or settings.truncation_side not in SIDES:
+    is_length = isinstance(settings.max_length, int) and settings.max_length > 0
+    if not is_length or settings.pooling_type not in POOLING_TYPES or settings.truncation_side not in SIDES:
         raise InputError(
-            f"config.json: found reward_settings {recorded}, expected pooling_type {', '.join(POOLING_TYPES)} and "
-            f"truncation_side {', '.join(SIDES)}"
+            f"config.json: found reward_settings {recorded}, expected pooling_type {', '.join(POOLING_TYPES)}, "
+            f"truncation_side {', '.join(SIDES)} and a whole number as max_length"
         )
     positions = count_positions(config)
     if settings.max_length > positions:
@@ -110,8 +112,14 @@ def count_positions(config: PreTrainedConfig) -> float:
     """Returns the positions that a model can tell apart, with those that scaling of its rotations adds."""
     rotations = getattr(config, "rope_parameters", None) or {}
     of_layers = [value for value in rotations.values() if isinstance(value, dict)] or [rotations]
-    factor = max(rotation.get("factor") or 1 for rotation in of_layers)
-    return factor * (getattr(config, "max_position_embeddings", None) or float("inf"))
+    recorded = getattr(config, "max_position_embeddings", None) or float("inf")
+
+    def scaled(rotation: dict[str, Any]) -> float:
+        original = rotation.get("original_max_position_embeddings")
+        factor = rotation.get("factor") or 1
+        return max(recorded, factor * original) if original else factor * recorded  # LLaMA 3 records the scaled number
+
+    return max(map(scaled, of_layers))
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -172,8 +180,9 @@ class RewardModel(PreTrainedModel):
         causal_lm = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
         self.base_model_prefix = causal_lm.base_model_prefix
         setattr(self, self.base_model_prefix, AutoModel.from_config(config))
-        self.reward_head = nn.Linear(config.hidden_size, 1, bias=False)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if with_lm_head else None
+        width = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT's last hidden states
+        self.reward_head = nn.Linear(width, 1, bias=False)
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=False) if with_lm_head else None
         if with_lm_head:
             self._tied_weights_keys = causal_lm._tied_weights_keys
         self.post_init()
@@ -216,13 +225,15 @@ class RewardModel(PreTrainedModel):
 
         from reward_datasets import RewardDataCollator, build_sequence
 
+        if isinstance(prompt, str) != isinstance(response, str):
+            raise InputError("score: expected two texts, or two lists of texts")
         if isinstance(prompt, str):
             return self.score([prompt], [response])[0]
         if len(prompt) != len(response):
             raise InputError(f"score: found {len(prompt)} prompts and {len(response)} responses, expected as many")
         ids = zip(self.tokenizer.encode(prompt), self.tokenizer.encode(response), strict=True)
         sequences = [build_sequence(*pair, self.tokenizer, **self.settings.sequence_settings) for pair in ids]
-        batching = "tree" if self.config._attn_implementation in TREE_ATTENTIONS else "padded"
+        batching = batching_of(self.config._attn_implementation)
         collate = RewardDataCollator(self.tokenizer.pad_token_id, batching=batching)
         rewards: list[float] = []
         for start in range(0, len(sequences), batch_size):

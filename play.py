@@ -30,7 +30,7 @@ from apo.game import CHOICES, Game, describe_game, plan_game, read_game, server_
 from apo.launch import setup_logging
 from apo.processes import find_reason, lock_of_processes, run_command, serving
 from apo.run_files import PACKAGES, git_commit
-from apo.stages import DONE, STARTED, Records, Stage, check_outputs
+from apo.stages import DONE, STARTED, Records, Stage, check_outputs, redo
 
 
 def parse_args() -> argparse.Namespace:
@@ -120,6 +120,10 @@ def delete_old_models(records: Records) -> None:
 
 def run_stage(game: Game, stage: Stage, records: Records, lock: int) -> None:
     """Runs a stage in its working folder, checks what it wrote, and records it as done."""
+    for parent in records.parents(stage):
+        if records.done[parent.label].get("deleted"):
+            found = f"the weights of {parent.label} were deleted (keep_models: last)"
+            raise InputError(f"{stage.label}: {found}; {redo(parent)}")
     logs = stage.working / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     started = {"settings": stage.settings, "inputs": records.inputs(stage), "command": shlex.join(stage.command)}

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("train")
 
-NUM_DEBUG_RECORDS = 64
-
 
 def log_example(dataset: datasets.Dataset, tokenizer: RewardTokenizer) -> None:
     """Logs the first item as the model sees it."""
@@ -55,7 +53,7 @@ def load_data(
         data_type=data_args.data_type,
         response_keys=data_args.response_keys,
         cache_dir=data_args.cache_dir,
-        num_records=NUM_DEBUG_RECORDS if args.debug_mode else None,
+        num_records=args.num_records,
         **sequence_settings,
     )
     train_set = None
@@ -116,13 +114,14 @@ def run(stack: contextlib.ExitStack) -> None:
     # The rest of the heavy imports, once the command line is known to be right.
     import torch
 
+    from apo.evaluation import dtype_of_computation
     from apo.figures import plot_training_curves
     from apo.resumable import train_and_save
     from apo.resume import model_version
     from apo.run_files import write_manifest, write_model_card
     from apo.scoring import name_score_files, score_dataset
     from apo.tokenizer import load_reward_tokenizer
-    from apo.tree import TREE_ATTENTIONS, choose_attention
+    from apo.tree import batching_of, choose_attention
     from models import load_config, load_reward_model, resolve_settings
     from trainer import RewardModelTrainer
 
@@ -161,7 +160,7 @@ def run(stack: contextlib.ExitStack) -> None:
 
     # ---- model
     dtype = getattr(torch, model_args.dtype)
-    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
+    compute_dtype = dtype_of_computation(args, dtype)
     attention = choose_attention(config, args.batching, args.device, compute_dtype)
     loading = {"seed": args.seed, "dtype": dtype, "attention": attention, "will_train": args.do_train}
     loading |= {"with_lm_head": args.lm_loss_coeff > 0, "needs_trained_head": args.task_type == "inference"}
@@ -169,7 +168,7 @@ def run(stack: contextlib.ExitStack) -> None:
     model = load_reward_model(model_path, config, tokenizer, settings, **loading)
 
     # ---- trainer
-    batching = "tree" if attention in TREE_ATTENTIONS else "padded"
+    batching = batching_of(attention)
     trainer = RewardModelTrainer(
         model=model,
         args=args,

@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("train_llm")
 
-NUM_DEBUG_RECORDS = 64
-
 
 def check_same_tokens(tokenizer: PreTrainedTokenizerBase, llm_args: LLMArguments) -> None:
     """Refuses a reference model with another vocabulary, which would read other texts from the same ids."""
@@ -67,7 +65,7 @@ def load_data(
         template=llm_args.prompt_template,
         max_length=llm_args.max_length,
         cache_dir=data_args.cache_dir,
-        num_records=NUM_DEBUG_RECORDS if args.debug_mode else None,
+        num_records=args.num_records,
     )
     train_set = None
     if args.do_train:
@@ -125,6 +123,7 @@ def run(stack: contextlib.ExitStack) -> None:
     import torch
     from accelerate.utils import broadcast_object_list
 
+    from apo.evaluation import dtype_of_computation
     from apo.figures import plot_training_curves
     from apo.policy import PolicyTrainer
     from apo.policy_data import PolicyDataCollator, fingerprint
@@ -134,7 +133,7 @@ def run(stack: contextlib.ExitStack) -> None:
     from apo.resume import model_version
     from apo.run_files import write_manifest
     from apo.sampling import load_tokenizer
-    from apo.tree import TREE_ATTENTIONS, choose_attention
+    from apo.tree import batching_of, choose_attention
     from models import count_positions, load_config
 
     # ---- model and tokenizer, by their files
@@ -145,7 +144,7 @@ def run(stack: contextlib.ExitStack) -> None:
     tokenizer = load_tokenizer(model_path, llm_args.prompt_template)
     if tokenizer.eos_token_id is None:
         raise InputError(f"{model_path}: the tokenizer has no eos token, which ends every response")
-    if llm_args.reference_model:
+    if llm_args.reference_model not in (None, model_path):
         check_same_tokens(tokenizer, llm_args)
 
     # ---- data
@@ -176,7 +175,7 @@ def run(stack: contextlib.ExitStack) -> None:
 
     # ---- the reference model, alone in memory
     dtype = getattr(torch, llm_args.dtype)
-    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
+    compute_dtype = dtype_of_computation(args, dtype)
     attention = choose_attention(config, args.batching, args.device, compute_dtype)
     if reference_path := llm_args.reference_model:
         data_sets = [*eval_sets.values(), *([train_set] if train_set else [])]
@@ -202,7 +201,7 @@ def run(stack: contextlib.ExitStack) -> None:
         align_type=llm_args.align_type,
         beta=llm_args.beta,
         max_length=llm_args.max_length,
-        data_collator=PolicyDataCollator("tree" if attention in TREE_ATTENTIONS else "padded"),
+        data_collator=PolicyDataCollator(batching_of(attention)),
         train_dataset=train_set,
         eval_dataset=eval_sets or None,
         processing_class=tokenizer,

@@ -27,6 +27,11 @@ Tensors = tuple[Tensor, ...]
 Fractions = dict[str, tuple[Tensor, Tensor]]  # sums over some items, and what they are divided by: scalars
 
 
+def dtype_of_computation(args: TrainingArguments, dtype: torch.dtype) -> torch.dtype:
+    """In which type a model with weights of `dtype` computes."""
+    return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
+
+
 def token_budget(args: TrainingArguments, max_length: int) -> int:
     """Tokens of a batch without a gradient, at most; `max_length` is that of the longest possible sequence."""
     pairs = 2 * max_length * args.eval_batch_size

@@ -97,15 +97,19 @@ class Game:
                 raise InputError(f"{name}: found {describe(getattr(self, name))}, expected one of {expected}")
         for name, kind in (("rounds", int), ("seed", int), ("output_dir", str), ("llm", str), ("rm_base", str)):
             value = getattr(self, name)
-            if type(value) is not kind or not value:
+            if type(value) is not kind or (value < 1 if kind is int else not value):
                 expected = "a whole number above 0" if kind is int else "a path"
                 raise InputError(f"{name}: found {describe(value)}, expected {expected}")
         check_keys("data", self.data, DATA)
         check_keys("server", self.server, ("command", "base_url"))
-        for name in ("launcher", "slurm", "sections"):
-            check_keys(name, getattr(self, name), SECTIONS)
+        with_model = [name for name in SECTIONS if PROGRAMS[name] in WITH_MODEL]
+        for name, known in (("launcher", with_model), ("slurm", SECTIONS), ("sections", SECTIONS)):
+            check_keys(name, getattr(self, name), known)
+        for name in ("launcher", "slurm", "server"):
+            for key, words in getattr(self, name).items():
+                check_words(f"{name}: {key}", words)
         for name, flags in self.sections.items():
-            if not isinstance(flags, dict):
+            if not isinstance(flags, dict) or not isinstance(flags.get("per_round", {}), dict):
                 raise InputError(f"{name}: found {describe(flags)}, expected flags of {PROGRAMS[name]}")
         if self.server and len(self.server) < 2:
             raise InputError(f"server: found only {', '.join(self.server)}, expected command and base_url")
@@ -116,8 +120,10 @@ class Game:
     def _check_data(self) -> None:
         unused = {"rm_golden": not self.apo, "human_all": self.testing_rm is not None}
         for name, what in DATA.items():
-            paths = self.data.get(name, [])
+            paths = self.data.get(name) or []
             self.data[name] = paths = paths if isinstance(paths, list) else [paths]
+            if wrong := [path for path in paths if not isinstance(path, str)]:
+                raise InputError(f"data: {name}: found {describe(wrong[0])}, expected {what}")
             found = "several files" if len(paths) > 1 and not name.startswith("human") else ""
             found = found or "none" * (not paths and not unused.get(name))
             if found:
@@ -164,6 +170,16 @@ def check_keys(name: str, found: Any, known: Collection[str]) -> None:
         if key not in known:
             hint = suggest(str(key), known) or f"expected one of {', '.join(known)}"
             raise InputError(f"{where}unknown key {key}; {hint}")
+
+
+def check_words(name: str, words: Any) -> None:
+    """Raises an InputError if a value is no line of words for a shell."""
+    try:
+        if not isinstance(words, str):
+            raise ValueError("no text")
+        shlex.split(words)
+    except ValueError as error:
+        raise InputError(f"{name}: found {describe(words)} ({error}), expected words as in a shell") from error
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -360,8 +376,9 @@ def shell_script(game: Game, stages: list[Stage]) -> str:
         if stage.with_server:
             models = shlex.quote(f"{game.server['base_url']}/models")
             lines += [f"{shlex.join(server_command(game, stage.flags['model_name_or_path'][0]))} & server=$!"]
+            lines += ["trap 'kill $server' EXIT"]
             lines += [f"until curl --silent --fail {models} >/dev/null; do kill -0 $server; sleep 1; done"]
         lines += [words]
-        lines += ["kill $server; wait $server || true"] if stage.with_server else []
+        lines += ["trap - EXIT; kill $server; wait $server || true"] if stage.with_server else []
         lines += [f"mv -T {shlex.quote(str(stage.working))} {shlex.quote(str(stage.folder))}"]
     return "\n".join(lines)

@@ -53,22 +53,22 @@ def dpo_loss(logps: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(implicit_rewards[:, 0] - implicit_rewards[:, 1]).mean()
 
 
-def misordered_pairs(scores: Tensor, lengths: Tensor) -> Tensor:
-    """Marks the pairs (i, j) of each item in which response i has the lower score: (B, R), (B, R) -> (B, R, R) bool.
+def preferred_pairs(scores: Tensor, lengths: Tensor) -> Tensor:
+    """Marks the pairs (i, j) of each item in which response i has the higher score: (B, R), (B, R) -> (B, R, R) bool.
 
     Ties form no pair, nor do absent responses, whose length is 0.
     """
     present = lengths > 0
-    return (scores[:, :, None] < scores[:, None, :]) & present[:, :, None] & present[:, None, :]
+    return (scores[:, :, None] > scores[:, None, :]) & present[:, :, None] & present[:, None, :]
 
 
 def rrhf_loss(logps: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:
     """Rank responses to align human feedback (Eqs. 2 to 4, arXiv:2304.05302).
 
         p_i = logp_i / length_i
-        loss of a prompt = sum over pairs with score_i < score_j of max(0, p_i - p_j), minus p_best
+        loss of a prompt = sum over pairs with score_i > score_j of max(0, p_j - p_i), minus p_best
 
-    By hand: p = [-1.0, -0.5, -2.0] and scores [3, 2, 2] have the pairs (1, 0), which costs 0.5, and (2, 0), which
+    By hand: p = [-1.0, -0.5, -2.0] and scores [3, 2, 2] have the pairs (0, 1), which costs 0.5, and (0, 2), which
     costs 0; responses 1 and 2 are a tie. With 1.0 for the best, the loss is 1.5.
 
     Args:
@@ -80,8 +80,8 @@ def rrhf_loss(logps: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:
         Scalar: the mean over the B prompts; the hinge is summed over a prompt's pairs, as in the paper.
     """
     p = logps / lengths.clamp(min=1)
-    hinge = F.relu(p[:, :, None] - p[:, None, :])  # (B, R, R)
-    ranking = (hinge * misordered_pairs(scores, lengths)).sum((1, 2))  # (B,)
+    hinge = F.relu(p[:, None, :] - p[:, :, None])  # (B, R, R): p_j - p_i
+    ranking = (hinge * preferred_pairs(scores, lengths)).sum((1, 2))  # (B,)
     best = scores.masked_fill(lengths == 0, -torch.inf).argmax(1, keepdim=True)
     return (ranking - p.gather(1, best).squeeze(1)).mean()
 
@@ -102,9 +102,9 @@ def alignment_fractions(values: Tensor, lengths: Tensor, scores: Tensor) -> Frac
         response has the higher value, a tie is wrong; `reward_weighted_accuracy`: the same, each pair weighted by its
         difference in reward; `margin`: mean difference of the values. Without a pair, all but the first are 0 / 0.
     """
-    pairs = misordered_pairs(scores, lengths)
-    difference = (values[:, None, :] - values[:, :, None]).masked_fill(~pairs, 0.0)  # (B, R, R): v_j - v_i
-    weights = (scores[:, None, :] - scores[:, :, None]).masked_fill(~pairs, 0.0)
+    pairs = preferred_pairs(scores, lengths)
+    difference = (values[:, :, None] - values[:, None, :]).masked_fill(~pairs, 0.0)  # (B, R, R): v_i - v_j
+    weights = (scores[:, :, None] - scores[:, None, :]).masked_fill(~pairs, 0.0)
     correct = difference > 0
     return {
         "response_length": (lengths.sum(), (lengths > 0).sum()),

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ALIGN_TYPES = ("rjs", "dpo", "rrhf", "sft")
 DATASET_VERSION = 2  # part of the cache key: raise it when the rows of `tokenize_records` change
 TOKENIZE_BATCH_SIZE = 512
 UNCUT = 10**9
@@ -191,7 +190,7 @@ def load_policy_dataset(
     Args:
         path: text-scores or prompt / chosen / rejected records; for `sft` also golden ones.
         tokenizer: of the LLM.
-        align_type: one of `ALIGN_TYPES`.
+        align_type: `rjs`, `dpo`, `rrhf` or `sft`.
         template: one of `apo.prompts.TEMPLATES`.
         max_length: tokens of a prompt and a response; see `cut`.
         cache_dir: of the tokenised data.

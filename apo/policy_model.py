@@ -6,7 +6,6 @@ Dimension key: see `models.py`; M response tokens of a batch, all of them one af
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import torch
@@ -21,9 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from apo.cli import InputError, first_few
 from apo.divergence import refuse_non_finite
 from apo.run_state import check_weights
-from apo.tree import TREE_ATTENTIONS, build_token_tree, prepare_attention
-
-logger = logging.getLogger(__name__)
+from apo.tree import TREE_ATTENTIONS, batching_of, build_token_tree, prepare_attention
 
 CHUNK_TOKENS = 512  # whose logits exist at a time
 # Two sequences that share 8 tokens; the log-probabilities of the others tell whether two models are the same.
@@ -202,7 +199,7 @@ def close_logprobs(ours: Tensor, expected: Tensor, tolerance: float) -> bool:
 @torch.no_grad()
 def probe_logprobs(model: nn.Module) -> Tensor:
     """Log-probabilities of the tokens of `PROBE`, in the way of its attention: (M,) float32, on the CPU."""
-    batching = "tree" if model.config._attn_implementation in TREE_ATTENTIONS else "padded"
+    batching = batching_of(model.config._attn_implementation)
     inputs = token_tensors(PROBE, [PROBE_PROMPT] * len(PROBE), batching)
     device = next(model.parameters()).device
     tree = {"tree": {name: value.to(device) for name, value in inputs.pop("tree").items()}} if "tree" in inputs else {}

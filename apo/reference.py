@@ -10,13 +10,13 @@ import torch
 from accelerate.utils import gather_object, send_to_device
 
 from apo.batches import batch_by_tokens
-from apo.evaluation import token_budget
+from apo.evaluation import dtype_of_computation, token_budget
 from apo.launch import whole_models
 from apo.policy import MODEL_INPUTS, sum_logprobs
 from apo.policy_data import PolicyDataCollator
 from apo.policy_model import load_policy
-from apo.row_cache import cache_path, is_whole, write_rows
-from apo.tree import TREE_ATTENTIONS
+from apo.row_cache import cache_path, cached_rows, is_whole
+from apo.tree import batching_of
 
 if TYPE_CHECKING:
     import datasets
@@ -53,7 +53,7 @@ def add_reference_logps(
     """
     import datasets
 
-    compute_dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else dtype
+    compute_dtype = dtype_of_computation(args, dtype)
     dtype = compute_dtype if args.deepspeed else dtype
     settings = [version, str(dtype), str(compute_dtype), attention]
     paths = [cache_path(cache_dir, "reference_logps", [hash_tokens(data), *settings]) for data in data_sets]
@@ -66,7 +66,8 @@ def add_reference_logps(
                 with torch.autocast(args.device.type, compute_dtype, compute_dtype != dtype):
                     rows = _compute(model, data_sets[i], args, token_budget(args, max_length))
                 if args.local_process_index == 0:
-                    write_rows(paths[i], ({"reference_logps": row} for row in rows), _features())
+                    columns = [{"reference_logps": row} for row in rows]
+                    cached_rows(paths[i], lambda columns=columns: columns, _features(), path)
         del model
         if args.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -94,7 +95,7 @@ def _compute(
     model: PreTrainedModel, dataset: datasets.Dataset, args: TrainingArguments, budget: int
 ) -> list[list[float]]:
     """Returns the log-probabilities of all records, in order, on every process; each runs its share of the batches."""
-    batching = "tree" if model.config._attn_implementation in TREE_ATTENTIONS else "padded"
+    batching = batching_of(model.config._attn_implementation)
     collate = PolicyDataCollator(batching)
     rows: list[tuple[int, list[float]]] = []
     for indices in batch_by_tokens(dataset, budget, batching)[args.process_index :: args.world_size]:

@@ -53,7 +53,7 @@ def cached_rows(
 ) -> datasets.Dataset:
     """Returns the rows of an Arrow file; makes it first where it is missing or damaged.
 
-    A file lock lets one process of the machine do the work while the others wait.
+    A file lock lets one process of the machine write it while the others wait.
 
     Args:
         path: of `cache_path`.
@@ -67,6 +67,6 @@ def cached_rows(
         with locked(path, wait=True):
             if not is_whole(path):  # another process has not made it in the meantime
                 if path.exists():
-                    logger.warning("%s: damaged, tokenising %s again", path, source)
+                    logger.warning("%s: damaged, made again from %s", path, source)
                 write_rows(path, make_rows(), features)
     return datasets.Dataset.from_file(str(path))

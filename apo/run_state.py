@@ -131,7 +131,7 @@ def choose_start(
                 refuse(f"{checkpoint} was trained with {changes}; give the same, or another folder", allow_changes)
             return str(checkpoint)
         if resume.lower() != "true":
-            raise InputError(f"--resume_from_checkpoint {resume}: {fault}; expected a checkpoint-N of train.py")
+            raise InputError(f"--resume_from_checkpoint {resume}: {fault}; expected a checkpoint-N of this run")
         logger.warning("%s is skipped: %s", checkpoint, fault)
     logger.info("%s has no whole checkpoint: training starts from the beginning", output_dir)
     return None

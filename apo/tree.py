@@ -178,6 +178,11 @@ def prepare_attention(tree: dict[str, Tensor], kind: str) -> Attend:
     return attend_in_layer
 
 
+def batching_of(attention: str) -> str:
+    """How batches are made for an attention: `tree` or `padded`."""
+    return "tree" if attention in TREE_ATTENTIONS else "padded"
+
+
 def choose_attention(config: PreTrainedConfig, batching: str, device: torch.device, dtype: torch.dtype) -> str:
     """Picks the attention of a model and logs it.
 

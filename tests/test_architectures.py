@@ -41,6 +41,7 @@ BASES = {
     "olmo2": ("olmo2", GATED),
     "olmo3": ("olmo3", GATED | {"sliding_window": 9}),
     "opt": ("opt", SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}),
+    "opt, projected": ("opt", SMALL | {"ffn_dim": 48, "word_embed_proj_dim": 16, "dropout": 0.0}),
     "phi3": ("phi3", GATED | {"sliding_window": 9}),
     "qwen2": ("qwen2", GATED),
     "qwen2, window": ("qwen2", GATED | QWEN_WINDOW),

@@ -21,7 +21,15 @@ from transformers import (
 )
 
 from apo.cli import InputError
-from models import POOLING_TYPES, RewardModel, load_config, load_reward_model, pool_rewards, resolve_settings
+from models import (
+    POOLING_TYPES,
+    RewardModel,
+    count_positions,
+    load_config,
+    load_reward_model,
+    pool_rewards,
+    resolve_settings,
+)
 
 SEQUENCES = st.lists(st.lists(st.integers(5, 1023), min_size=2, max_size=20), min_size=1, max_size=5)
 
@@ -313,6 +321,8 @@ def test_trained_model_scores_text_in_two_lines():
     ids = [tokenizer.bos_token_id, *tokenizer.encode(["Who?"])[0], *tokenizer.encode([" Me."])[0]]
     expected = rewards_of(model, [[*ids, tokenizer.eos_token_id]], tokenizer.pad_token_id)
     assert rewards[2] == pytest.approx(expected.item(), abs=1e-6)
+    with pytest.raises(InputError, match="two texts, or two lists"):
+        model.score("Why?", [" a", " b"])
     with pytest.raises(InputError, match="found 1 prompts and 2 responses"):
         model.score(["Why?"], [" a", " b"])
 
@@ -327,6 +337,20 @@ def test_longer_sequences_than_the_model_has_positions_are_refused():
     with pytest.raises(InputError, match="max_length 65: the model has 64 positions; lower --max_length"):
         resolve_settings(config, max_length=65)
     assert resolve_settings(config, max_length=64).max_length == 64
+
+
+def test_scaled_rotations_have_the_positions_of_the_scaled_model():
+    """LLaMA 3 records the scaled number, Qwen the original one."""
+    scaling = {"rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64}
+    llama_3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **scaling}
+    assert count_positions(LlamaConfig(max_position_embeddings=512, rope_parameters=llama_3)) == 512
+    yarn = {"rope_type": "yarn", **scaling}
+    assert count_positions(LlamaConfig(max_position_embeddings=64, rope_parameters=yarn)) == 512
+
+
+def test_pad_that_is_one_of_several_eos_is_skipped_by_the_class_of_transformers():
+    config = LlamaConfig(architectures=["LlamaForSequenceClassification"], pad_token_id=5, eos_token_id=[4, 5])
+    assert resolve_settings(config).pooling_type == "last"
 
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
@@ -362,7 +386,8 @@ def test_added_rows_are_reproduced_by_the_seed(bpe_llama):
 
 
 @pytest.mark.parametrize(
-    "recorded", [{"pooling": "last"}, "last", {"pooling_type": "first"}, {"truncation_side": "up"}]
+    "recorded",
+    [{"pooling": "last"}, "last", {"pooling_type": "first"}, {"truncation_side": "up"}, {"max_length": "99"}],
 )
 def test_checkpoint_with_settings_from_elsewhere_is_refused(recorded):
     config = load_config(str(CHECKPOINT))

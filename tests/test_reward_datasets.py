@@ -195,7 +195,7 @@ def test_damaged_cache_is_made_again(tmp_path, tokenizer, caplog, damage):
     whole = cached.read_bytes()
     damage(cached)
     assert load(path, tokenizer, cache_dir=str(tmp_path))[:] == first
-    assert caplog.messages == [f"{cached}: damaged, tokenising {path} again"]
+    assert caplog.messages == [f"{cached}: damaged, made again from {path}"]
     assert cached.read_bytes() == whole
     assert load(path, tokenizer, cache_dir=str(tmp_path))[:] == first and len(caplog.messages) == 1
 

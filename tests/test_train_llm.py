@@ -111,6 +111,9 @@ def test_wrong_input_is_refused(refused, flags, data, tmp_path, bpe_llama):
     assert "invalid choice: 'ppo'" in refused(**flags | {"align_type": "ppo"})
     assert "--beta 0.0: expected 1e-09 or more" in refused(**flags | {"beta": 0})
     assert "nothing to do" in refused(**flags | {"do_train": False})
+    assert "compares a model with its reference, here itself" in refused(
+        **flags | {"align_type": "dpo", "do_train": False, "eval_data_path": data}
+    )
     assert "did you mean --reference_model" in refused(**flags, reference_modle="x")
     assert "--max_length 4096: the model has 512 positions" in refused(**flags | {"max_length": 4096})
     samples = write_records(tmp_path / "samples.json", [{"query_id": "a", "query": "Why?", "sample_0": " No."}])

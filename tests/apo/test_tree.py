@@ -225,7 +225,7 @@ def test_attention_fits_model_and_device(batching, dropout, device, expected, ca
     caplog.set_level("INFO")
     config = LlamaConfig(attention_dropout=dropout, **TINY_SIZES)
     assert choose_attention(config, batching, torch.device(device), torch.float32) == expected
-    assert ("tree" if expected in TREE_ATTENTIONS else "padded") in caplog.text
+    assert f"batching: {'tree' if expected in TREE_ATTENTIONS else 'padded'}, attention: {expected}" in caplog.text
     assert ("dropout" in caplog.text) == (dropout > 0)
 
 
