@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -68,7 +69,15 @@ def prepare_deepspeed(device_type: str) -> None:
 
     # DeepSpeed unpickles without a limit; so torch refuses all but tensors and these.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+    def enum_member(kind: type, name: str) -> ZeroStageEnum:
+        """Stands for `getattr`, by which some versions of Python pickle the member of an enum."""
+        if kind is not ZeroStageEnum:
+            raise UnpicklingError(f"found an attribute of {kind}, expected a member of {ZeroStageEnum}")
+        return ZeroStageEnum[name]
+
     allowed = [loss_scaler.LossScaler, loss_scaler.DynamicLossScaler, ZeroStageEnum, fragment_address]
+    allowed += [(enum_member, "builtins.getattr")]
     torch.serialization.add_safe_globals(allowed)
     if device_type == "cpu":
         deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)

@@ -62,3 +62,35 @@ def test_lock_of_a_killed_build_is_deleted_and_one_of_a_running_build_kept(tmp_p
         remove_stale_build_locks()
     assert [lock.exists() for lock in (stale, held, new)] == [False, True, True]
     assert f"{stale}: deleted" in caplog.text
+
+
+READS_CHECKPOINTS = """
+import io, sys, torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from apo.launch import prepare_deepspeed
+
+class Attribute:
+    def __init__(self, *words): self.words = words
+    def __reduce__(self): return getattr, self.words
+
+def reload(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file)
+
+prepare_deepspeed("cuda")
+assert reload(Attribute(ZeroStageEnum, "weights")) is ZeroStageEnum.weights
+try:
+    reload(Attribute(LossScaler, "__init__"))
+except Exception as error:
+    print(error)
+"""
+
+
+def test_checkpoint_of_deepspeed_may_hold_members_of_its_enum_but_no_other_attributes():
+    """Python 3.11.2, for one, pickles the member of an enum as `getattr(kind, name)`."""
+    done = subprocess.run([sys.executable, "-c", READS_CHECKPOINTS], cwd=REPO_ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "expected a member of" in done.stdout
