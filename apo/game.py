@@ -109,7 +109,7 @@ class Game:
             for key, words in getattr(self, name).items():
                 check_words(f"{name}: {key}", words)
         for name, flags in self.sections.items():
-            if not isinstance(flags, dict) or not isinstance(flags.get("per_round", {}), dict):
+            if not isinstance(flags, dict) or not isinstance(flags.get("per_round") or {}, dict):
                 raise InputError(f"{name}: found {describe(flags)}, expected flags of {PROGRAMS[name]}")
         if self.server and len(self.server) < 2:
             raise InputError(f"server: found only {', '.join(self.server)}, expected command and base_url")

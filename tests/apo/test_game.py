@@ -117,6 +117,10 @@ def test_switches_are_bare_and_a_null_is_not_given(tmp_path):
     assert by_label(game)["1/train_rm"].flags["do_train"] == ["true"]
 
 
+def test_null_takes_a_merged_list_of_rounds_out(tmp_path):
+    assert "beta" not in by_label(make_game(tmp_path, align={"per_round": None}))["1/align"].flags
+
+
 def test_launcher_stands_before_programs_with_a_model(tmp_path):
     game = make_game(tmp_path, launcher={"train_rm": "torchrun --nproc_per_node 2", "align": "accelerate launch"})
     assert by_label(game)["1/train_rm"].command[:4] == ["torchrun", "--nproc_per_node", "2", "train.py"]
