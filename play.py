@@ -39,9 +39,11 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--config", required=True, help="YAML file of the game: configs/game_*.yaml")
     add("--until", metavar="K/STAGE", help="the last stage to run, such as 2/score")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--redo", metavar="K/STAGE", help="move a stage, and all that were made from it, aside, and end")
     add("--dry_run", action="store_true", help="print all commands as a shell script, and end")
     add("--status", action="store_true", help="print the state of each stage, and end")
+    add("--report", action="store_true", help="write the page of what is done, and end; the game may be running")
     add = parser.add_argument_group("these win over the file").add_argument
     add("--rounds", type=at_least(1))
     add("--align_type", choices=CHOICES["align_type"])
@@ -70,6 +72,15 @@ def print_status(stages: list[Stage]) -> None:
         state = f"done in {record['seconds']:.0f} s" if record else f"{attempts} attempts" if attempts else "open"
         counts = ", ".join(f"{name} {value:g}" for name, value in record.get("counts", {}).items())
         print(f"{stage.label:20} {state:16} {counts}".rstrip())
+
+
+def write_report(game: Game, stages: list[Stage]) -> None:
+    """Writes the page of what is done, and prints its path and its verdict."""
+    from apo.report import make_report  # takes time that a dry run saves
+    from apo.report_page import write_page
+
+    report = make_report(game, stages)
+    print(write_page(Path(game.output_dir, "report"), report), *report["verdict"], sep="\n")
 
 
 def move_aside(game: Game, stages: list[Stage]) -> None:
@@ -183,12 +194,16 @@ def main() -> None:
     if args.status:
         print_status(stages)
         return
+    if args.report:
+        write_report(game, stages)
+        return
     folder = Path(game.output_dir)
     with locked(folder / "play", wait=False), lock_of_processes(folder / "processes.lock") as lock:
         if args.redo:
             move_aside(game, Records(stages).made_from(find_stage(stages, args.redo, "--redo").label))
         else:
             play(game, stages, wanted, lock)
+            write_report(game, stages)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from reward_datasets import RewardDataCollator, load_preference_dataset, merge_t
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
 
     from apo.tokenizer import RewardTokenizer
     from arguments import DataArguments, RewardTrainingArguments
@@ -65,6 +67,15 @@ def load_data(
     return train_set, {name: load(path) for name, path in eval_paths.items()}
 
 
+def list_rewards(query_ids: Sequence[str], rewards: np.ndarray, scores: np.ndarray) -> list[dict[str, Any]]:
+    """Returns rewards and normalised scores (B, R) as a record for each item, without absent responses."""
+    return [
+        {"query_id": query_id, "rewards": own[present].tolist(), "scores": preferences[present].tolist()}
+        for query_id, own, preferences in zip(query_ids, rewards, scores, strict=True)
+        for present in [preferences >= 0]
+    ]
+
+
 def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset]) -> dict[str, dict[str, float]]:
     """Evaluates each set under its own name and writes the results; returns {name: metrics}."""
     from transformers import PrinterCallback
@@ -77,9 +88,10 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
     trainer.remove_callback(PrinterCallback)  # the table says it in less
     origin = trainer.model.head_origin
     random_head = {"reward_head": origin} if origin.startswith("init") and not args.do_train else {}
-    results = {}
+    results, rewards_of = {}, {}
     for name, eval_set in eval_sets.items():
         output = trainer.predict(eval_set, metric_key_prefix=f"eval_{name}")
+        rewards_of[name] = list_rewards(eval_set["query_id"], output.predictions[0], output.label_ids[0])
         logs = dict(output.metrics)
         trainer.log(logs)
         results[name] = {metric: logs[metric] for metric in output.metrics if metric in logs}
@@ -88,6 +100,7 @@ def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Data
             curves = {bins: calibration_curve(rewards, scores, bins) for bins in args.calibration_bins}
             save_calibration(args.output_dir, name, curves)
     if trainer.is_world_process_zero():
+        write_json(os.path.join(args.output_dir, "eval_rewards.json"), rewards_of)
         write_json(os.path.join(args.output_dir, "final_eval_results.json"), results)
         write_results(args.output_dir, "eval", random_head | {k: v for r in results.values() for k, v in r.items()})
         print(format_results({os.path.basename(os.path.normpath(args.output_dir)): results}, args.calibration_bins[0]))

@@ -125,17 +125,36 @@ class Records:
         for stage in self.stages:
             if (stage.working / DONE).is_file() and not stage.folder.exists():
                 os.replace(stage.working, stage.folder)  # the run was killed between the two
-            recorded, started = (read_json(path) for path in (stage.folder / DONE, stage.working / STARTED))
-            for path, file in (recorded or started).get("inputs", {}).items():
-                self.known.setdefault(path, file)
-            if recorded:
-                self._check_fit(stage, recorded)
-                self._check_outputs(stage, recorded)
-                self.done[stage.label] = recorded
-            elif stage.folder.exists():
+            started = read_json(stage.working / STARTED)
+            if self._load_done(stage):
+                continue
+            if stage.folder.exists():
                 raise InputError(f"{stage.folder}: found no {DONE}; {redo(stage)}")
-            elif started and written_files(stage.working):
+            if started and written_files(stage.working):
+                self._know_inputs(started)
                 self._check_fit(stage, started)
+
+    def load_done(self) -> None:
+        """Reads and checks the records of what is done, and changes nothing: the game may be running.
+
+        Raises:
+            InputError: see `load`.
+        """
+        for stage in self.stages:
+            self._load_done(stage)
+
+    def _load_done(self, stage: Stage) -> bool:
+        """Reads and checks the record of a stage; says whether there is one."""
+        if recorded := read_json(stage.folder / DONE):
+            self._know_inputs(recorded)
+            self._check_fit(stage, recorded)
+            self._check_outputs(stage, recorded)
+            self.done[stage.label] = recorded
+        return bool(recorded)
+
+    def _know_inputs(self, recorded: Mapping[str, Any]) -> None:
+        for path, file in recorded.get("inputs", {}).items():
+            self.known.setdefault(path, file)
 
     def _check_fit(self, stage: Stage, recorded: Mapping[str, Any]) -> None:
         """Raises an InputError that names the first difference between what was run and what would be run now."""

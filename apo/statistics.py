@@ -12,7 +12,7 @@ import numpy as np
 Z_95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
-def wilson_interval(share: float, count: int) -> tuple[float, float]:
+def wilson_interval(share: float, count: float) -> tuple[float, float]:
     """Wilson's 95 % score interval (low, high) of a share that was observed in `count` independent trials."""
     assert 0 <= share <= 1 and count > 0, (share, count)
     spread = Z_95**2 / count
@@ -32,6 +32,28 @@ def mean_and_interval(values: np.ndarray) -> dict[str, Any]:
         return {"mean": mean, "interval_95": None}
     half = Z_95 * float(values.std(ddof=1)) / math.sqrt(len(values))
     return {"mean": mean, "interval_95": [mean - half, mean + half]}
+
+
+def share_and_interval(hits: np.ndarray, counts: np.ndarray) -> dict[str, Any]:
+    """Share of hits among all trials of P prompts, with a 95 % interval that takes only prompts as independent.
+
+    Wilson's interval for as many independent trials as have the variance of the share over prompts, s (1 - s) / v (the
+    effective sample size of Korn and Graubard, 1998), at most all; where all or none are hits, one trial a prompt.
+
+    Args:
+        hits, counts: (P,) of each prompt, 0 <= hits <= counts, counts above 0.
+
+    Returns:
+        "mean", and "interval_95" as [low, high].
+    """
+    num_prompts, total = len(counts), float(counts.sum())
+    share = float(hits.sum()) / total
+    effective, of_one = float(num_prompts), share * (1 - share)
+    if num_prompts > 1 and of_one:
+        residuals = hits - share * counts
+        variance = num_prompts / (num_prompts - 1) * float(residuals @ residuals) / total**2
+        effective = of_one / max(variance, of_one / total)
+    return {"mean": share, "interval_95": list(wilson_interval(share, effective))}
 
 
 @functools.cache
