@@ -21,6 +21,7 @@ import numpy as np
 from apo.cli import read_json
 from apo.game import Game, describe_game
 from apo.records import PreferenceRecord, find_response_keys, iter_preference_data, iter_records, load_rewards
+from apo.resume import read_recorded
 from apo.stages import Records, Stage
 from apo.statistics import mean_and_interval, share_and_interval
 from apo.verdict import make_verdict
@@ -163,6 +164,8 @@ def report_llm(results: Results, round_: int) -> dict[str, Any] | None:
     num_responses = sum(map(len, texts.values()))
     row: dict[str, Any] = {"round": round_, "prompts": len(texts), "responses": num_responses}
     row["characters"] = average(means({i: [len(text.strip()) for text in own] for i, own in texts.items()}).values())
+    broken_off = read_recorded(path).get("broken_off")
+    row["broken_off"] = None if broken_off is None else len(broken_off) / num_responses
     row["empty"] = sum(not text.strip() for own in texts.values() for text in own) / num_responses
     testing = results.rewards(round_, "score_testing", round_)
     row["testing_reward"] = average(means(testing).values())

@@ -58,6 +58,7 @@ class ResultStore:
         self.result_path = result_path
         self.settings = dict(settings)
         self.notes = dict(notes or {})
+        self.findings: dict[str, Any] = {}  # about the result, for the settings file; set by who makes the records
         self.fingerprint = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()[:16]
         self._own_path = result_path.with_suffix(f".{self.fingerprint}.rank{rank}.partial.jsonl")
         self.lock_path = result_path.with_suffix(f".rank{rank}")  # to hold from `load` to `finish`
@@ -104,7 +105,7 @@ class ResultStore:
     def finish(self, records: list[dict[str, Any]]) -> None:
         """Writes the result, then its settings, then deletes the partial files; several processes may do this."""
         write_json(self.result_path, records)
-        write_json(self.result_path.with_suffix(".settings.json"), {**self._record(), **self.notes})
+        write_json(self.result_path.with_suffix(".settings.json"), {**self._record(), **self.notes, **self.findings})
         for path in self.find_partial(self.fingerprint):
             path.unlink(missing_ok=True)
 

@@ -27,9 +27,9 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from apo.cli import InputError
-from apo.generation import Decoding, derive_seed
+from apo.generation import BrokenOff, Decoding, derive_seed
 from apo.launch import count_processes, process_rank
-from apo.prompts import Prompt, hash_prompts, stop_strings_of
+from apo.prompts import Prompt, count_cuts, hash_prompts, stop_strings_of
 from apo.resume import model_version
 
 logger = logging.getLogger(__name__)
@@ -222,4 +222,14 @@ class LocalEngine:
             stop_strings=list(self.stop_strings),
             tokenizer=self.tokenizer,
         )
-        return self.tokenizer.batch_decode(sequences[:, num_tokens:], skip_special_tokens=True)
+        responses = sequences[:, num_tokens:]  # padded with an end token
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        if responses.shape[1] < self.decoding.max_new_tokens:
+            return texts
+        eos = model.generation_config.eos_token_id
+        ends = torch.tensor([] if eos is None else eos, device=responses.device)
+        has_end = torch.isin(responses[:, -1], ends).tolist()
+        return [
+            text if ended or count_cuts([text], self.stop_strings) else BrokenOff(text)
+            for text, ended in zip(texts, has_end, strict=True)
+        ]

@@ -24,8 +24,16 @@ from typing import Any
 import httpx2
 
 from apo.cli import InputError, at_least, hidden
-from apo.completion import MAX_BODY, NoResponseError, TemporaryError, check_status, read_completion, shorten
-from apo.generation import derive_seed
+from apo.completion import (
+    MAX_BODY,
+    TRUNCATED,
+    NoResponseError,
+    TemporaryError,
+    check_status,
+    read_completion,
+    shorten,
+)
+from apo.generation import BrokenOff, derive_seed
 from apo.prompts import Prompt
 
 logger = logging.getLogger(__name__)
@@ -151,7 +159,7 @@ class ServerEngine:
             if self.missing[error.reason] == 1:
                 logger.warning("%s: no response: %s; further ones are counted", place, error)
             return
-        keep(prompt, [text for text, _ in responses])
+        keep(prompt, [BrokenOff(text) if TRUNCATED in remarks else text for text, remarks in responses])
         self.remarks.update(remark for _, remarks in responses for remark in remarks)
 
     async def _request(self, prompt: Prompt, sample: int) -> tuple[str, list[str]]:

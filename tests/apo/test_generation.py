@@ -8,7 +8,7 @@ import pytest
 from conftest import read_json
 
 from apo.cli import InputError
-from apo.generation import derive_seed, generate_responses
+from apo.generation import BrokenOff, derive_seed, generate_responses
 from apo.prompts import Prompt
 from apo.resume import ResultStore
 
@@ -89,6 +89,25 @@ def test_a_result_that_lacks_prompts_is_written_and_an_error_unless_allowed(tmp_
         generate(tmp_path, FakeEngine("2"), may_miss=False)
     assert len(read_json(tmp_path / "r.json")) == 3
     assert len(generate(tmp_path, FakeEngine("2"), may_miss=True)) == 3
+
+
+def test_responses_that_break_off_are_listed_also_after_a_kill_and_a_second_run(tmp_path):
+    """The first run is killed after its first prompt, the second one responds to two more, the third to the last."""
+
+    class BreakingEngine(FakeEngine):
+        def generate(self, prompts, keep) -> None:
+            for prompt in prompts:
+                keep(prompt, [BrokenOff(" and"), f"{prompt.query_id}."])
+                if self.refused == "kill":
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(tmp_path, BreakingEngine("kill"))
+    generate(tmp_path, FakeEngine("2"))
+    assert read_json(tmp_path / "r.settings.json")["broken_off"] == ["0:sample_0"]
+    records = generate(tmp_path, BreakingEngine())
+    assert records[2]["sample_0"] == " and"
+    assert read_json(tmp_path / "r.settings.json")["broken_off"] == ["0:sample_0", "2:sample_0"]
 
 
 def test_finished_responses_are_those_kept_and_those_of_the_result(tmp_path):

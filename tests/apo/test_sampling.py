@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from apo import sampling
 from apo.cli import InputError, raise_interrupt
-from apo.generation import Decoding
+from apo.generation import BrokenOff, Decoding
 from apo.prompts import Prompt
 from apo.sampling import (
     GumbelNoise,
@@ -140,6 +140,19 @@ def test_a_response_stops_at_a_stop_string_and_is_the_same_up_to_it(llm):
     assert len(cut[1]) < len(whole[1])
     for short, long in zip(cut, whole, strict=True):
         assert short == long if stop_string not in long else short.split(stop_string)[0] == long.split(stop_string)[0]
+
+
+def test_a_response_breaks_off_only_at_the_largest_number_of_tokens(llm, monkeypatch):
+    """Four responses of 24 tokens, of which some hold a stop string; then any token is the end."""
+    ids = tokenize(llm[1], QUERIES, "plain", 64)
+    whole = continue_prompts(llm, ids, [0, 1, 2, 3], max_new_tokens=24)
+    assert all(isinstance(text, BrokenOff) for text in whole)
+    stop_string = whole[1][10:14]
+    stopped = continue_prompts(llm, ids, [0, 1, 2, 3], max_new_tokens=24, stop_string=stop_string)
+    assert [isinstance(text, BrokenOff) for text in stopped] == [stop_string not in text for text in whole]
+    monkeypatch.setattr(llm[0].generation_config, "eos_token_id", list(range(llm[0].config.vocab_size)))
+    ended = continue_prompts(llm, ids, [0, 1, 2, 3], max_new_tokens=1)
+    assert not any(isinstance(text, BrokenOff) for text in ended)
 
 
 @pytest.fixture

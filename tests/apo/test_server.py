@@ -14,6 +14,7 @@ from completion_server import SLOW, CompletionServer
 from apo import server as server_module
 from apo.cli import InputError
 from apo.completion import TRUNCATED
+from apo.generation import BrokenOff
 from apo.prompts import Prompt
 from apo.server import RETRIED, ServerEngine, retry_delay
 
@@ -55,6 +56,7 @@ def test_temporary_failures_are_retried_and_change_no_response(server, undisturb
     assert len({(body["prompt"], body["seed"]) for body in server.completed()}) == len(server.completed()) == 12
     assert len(server.requests) == 17
     assert engine.remarks == {TRUNCATED: 12, RETRIED: 5}
+    assert all(isinstance(text, BrokenOff) for texts in undisturbed.values() for text in texts)
 
 
 def test_a_request_that_takes_too_long_is_retried(server, undisturbed):
