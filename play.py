@@ -79,6 +79,8 @@ def write_report(game: Game, stages: list[Stage]) -> None:
     from apo.report import make_report  # takes time that a dry run saves
     from apo.report_page import write_page
 
+    if not Path(game.output_dir, "game.json").is_file():
+        raise InputError(f"{game.output_dir}: no game has begun here; the same command without --report starts it")
     report = make_report(game, stages)
     print(write_page(Path(game.output_dir, "report"), report), *report["verdict"], sep="\n")
 

@@ -22,20 +22,14 @@ NONE = "–"
 # ------------------------------------------------------------------------------------------------ numbers
 
 
-def with_interval(figure: Mapping[str, Any] | None, digits: int = 2, scale: float = 1, sign: str = "") -> str:
-    """Returns "2.26 (2.10 to 2.41)", with `sign` "+" "+0.42 (+0.31 to +0.53)"; a dash for None."""
-    if figure is None:
-        return NONE
-    form = f"{{:{sign}.{digits}f}}"
-    mean = form.format(scale * figure["mean"])
-    if figure["interval_95"] is None:
-        return mean
-    return f"{mean} ({' to '.join(form.format(scale * bound) for bound in figure['interval_95'])})"
+def number(value: float | None, digits: int = 0, scale: float = 1, sign: str = "") -> str:
+    """Returns a number with thousands separated; with `sign` "+" also that of positive ones; a dash for None."""
+    return NONE if value is None else f"{scale * value:{sign},.{digits}f}".replace("-", "−")
 
 
-def number(value: float | None, digits: int = 0, scale: float = 1) -> str:
-    """Returns a number with thousands separated; a dash for None."""
-    return NONE if value is None else f"{scale * value:,.{digits}f}"
+def interval(figure: Mapping[str, Any], *form: Any) -> str:
+    """Returns "2.10 to 2.41"; an empty text without an interval. `form` is that of `number`."""
+    return " to ".join(number(bound, *form) for bound in figure["interval_95"] or [])
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -79,7 +73,7 @@ def draw_llms(report: Mapping[str, Any]) -> Figure:
     """Reward by the testing RM, and share of flawless responses if there is a judge."""
     rows = report["llm"]
     judged = [(row["round"], row["judge"]["flawless"]) for row in rows if row["judge"]]
-    figure, axes = new_figure(1 + bool(judged), width=4, height=3)
+    figure, axes = new_figure(1 + bool(judged), width=4, height=2.7)
     rewards = [(row["round"], row["testing_reward"]) for row in rows if row["testing_reward"]]
     plot_rounds(axes[0], rewards, "testing RM", COLORS["testing"])
     finish_rounds(axes[0], "Reward by the testing RM", "mean over prompts", report["rounds"])
@@ -93,7 +87,7 @@ def draw_gains(report: Mapping[str, Any]) -> Figure:
     """Gain by the RMs that the LLM learnt from against the gain by the testing RM."""
     rows = report["gains_in_sd"]
     start = (0, {"mean": 0.0, "interval_95": None})
-    figure, [axis] = new_figure(1, width=5, height=3.2)
+    figure, [axis] = new_figure(1, width=4.8, height=2.8)
     for name, label in (("own", "RMs of the rounds (they train the LLM)"), ("testing", "testing RM")):
         plot_rounds(axis, [start, *((row["round"], row[name]) for row in rows)], label, COLORS[name])
     axis.axhline(0, color=COLORS["grey"], linewidth=0.8)
@@ -104,7 +98,7 @@ def draw_gains(report: Mapping[str, Any]) -> Figure:
 
 def draw_rms(report: Mapping[str, Any]) -> Figure:
     """Accuracy of each round's RM on each file of pairs."""
-    figure, [axis] = new_figure(1, width=5, height=3.2)
+    figure, [axis] = new_figure(1, width=4.8, height=2.8)
     names = dict.fromkeys(row["data"] for rm in report["rm"] for row in rm["evaluations"])
     for color, name in enumerate(names):
         rows = [(rm["round"], row) for rm in report["rm"] for row in rm["evaluations"] if row["data"] == name]
@@ -117,7 +111,7 @@ def draw_rms(report: Mapping[str, Any]) -> Figure:
 
 def draw_best_of_n(report: Mapping[str, Any]) -> Figure:
     """Expected reward of the best of n responses against the KL divergence of taking it."""
-    figure, [axis] = new_figure(1, width=5, height=3.2)
+    figure, [axis] = new_figure(1, width=4.8, height=2.8)
     for row in report["selection"]:
         curve, color = row["best_of_n"], f"C{row['round'] - 1}"
         kl, means = [point["kl"] for point in curve], [point["mean"] for point in curve]
@@ -153,7 +147,7 @@ def render_page(report: Mapping[str, Any]) -> str:
     }
     options = {"autoescape": True, "undefined": jinja2.StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     template = jinja2.Environment(**options).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    return template.render(report=report, figures=figures, number=number, with_interval=with_interval)
+    return template.render(report=report, figures=figures, number=number, interval=interval)
 
 
 def write_page(folder: Path, report: Mapping[str, Any]) -> Path:

@@ -172,9 +172,9 @@ class Records:
     def _check_outputs(self, stage: Stage, recorded: Mapping[str, Any]) -> None:
         for name, file in recorded["outputs"].items():
             path = stage.folder / name
-            if name in recorded.get("deleted", []):
-                continue
             if not path.is_file():
+                if name in read_json(stage.folder / DONE).get("deleted", []):  # maybe only now, by a running game
+                    continue
                 raise InputError(f"{stage.label}: {path} is missing; restore it, or {redo(stage)}")
             if identify(path, file)["sha256"] != file["sha256"]:
                 raise InputError(f"{stage.label}: {path} was changed; restore it, or {redo(stage)}")

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import os
 import re
 import shlex
@@ -29,6 +30,12 @@ def results(folder: Path) -> dict[str, str]:
     """The sha256 of all models, samples, pairs and rewards of a game."""
     paths = {path for pattern in RESULTS for path in folder.glob(f"round_*/*/{pattern}")}
     return {str(path.relative_to(folder)): sha256_of_file(path) for path in paths if path.name not in NOT_COMPARED}
+
+
+def figures(folder: Path) -> dict:
+    """The figures of a game's report without times and paths."""
+    report = read_json(folder / "report" / "report.json")
+    return {name: value for name, value in report.items() if name not in ("game", "players", "stages")}
 
 
 def refused(config: Path, *words: object) -> str:
@@ -74,6 +81,13 @@ def test_game_is_played_to_its_end(base_llama, tmp_path):
     assert "1/align: weights and checkpoints deleted (keep_models: last)" in done.stdout
     record = read_json(game / "round_2" / "align" / DONE)
     assert record["parents"] == ["1/align", "2/select"] and "--learning_rate 0.0005" in record["command"]
+    report = read_json(game / "report" / "report.json")
+    assert report["rounds_done"] == 2 and [row["round"] for row in report["gains_in_sd"]] == [1, 2]
+    assert all(row["testing_reward"] and row["judge"] and row["broken_off"] is not None for row in report["llm"])
+    assert all(row["accuracy"]["interval_95"] for rm in report["rm"] for row in rm["evaluations"])
+    assert len(report["examples"]["prompts"]) == 3
+    said = f"{game / 'report' / 'index.html'}\n" + "".join(f"{sentence}\n" for sentence in report["verdict"])
+    assert done.stdout.endswith(said) and play(config, "--report").stdout == said
     files = {path: path.stat().st_mtime_ns for path in game.glob("round_*/**/*")}
     assert "33 of them done, 0 to run" in play(config).stdout
     assert {path: path.stat().st_mtime_ns for path in game.glob("round_*/**/*")} == files
@@ -129,6 +143,20 @@ def test_wrong_words_are_one_line(tmp_path):
     assert "--redo 9: no such stage; see --status" in refused(config, "--redo", "9")
     assert "game.yaml: rounds: found" not in play(config, "--rounds", 1, "--dry_run").stdout
     assert "expected a YAML file" in refused(tmp_path / "gone.yaml")
+
+
+@pytest.mark.parametrize(
+    "words", list(itertools.combinations((("--dry_run",), ("--status",), ("--report",), ("--redo", "1/pair")), 2))
+)
+def test_flags_of_which_one_can_take_effect_are_refused(tmp_path, words):
+    config = write_game(tmp_path, "llm")
+    (first, *more), (second, *rest) = words
+    assert f"argument {second}: not allowed with argument {first}" in refused(config, first, *more, second, *rest)
+
+
+def test_report_of_no_game_is_refused(tmp_path):
+    assert "game: no game has begun here" in refused(write_game(tmp_path, "llm"), "--report")
+    assert not (tmp_path / "game").exists()
 
 
 def test_flags_win_over_the_file(tmp_path):
@@ -211,6 +239,7 @@ def test_game_killed_again_and_again_has_the_same_results(short_game, base_llama
         assert who != "stage" or "ended with SIGKILL" in stderr
     play(config, "--until", FIRST)
     assert results(game) == results(short_game.parent / "game") and len(results(game)) == 5
+    assert figures(game) == figures(short_game.parent / "game")
     losses = [
         [log["loss"] for log in log_history(folder / "round_1" / "train_rm") if "loss" in log]
         for folder in (game, short_game.parent / "game")
