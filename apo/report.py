@@ -12,13 +12,12 @@ import glob
 import math
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from apo.cli import read_json
+from apo.cli import mask_secrets, read_json
 from apo.game import Game, describe_game
 from apo.records import PreferenceRecord, find_response_keys, iter_preference_data, iter_records, load_rewards
 from apo.resume import read_recorded
@@ -304,7 +303,7 @@ def make_report(game: Game, stages: list[Stage]) -> dict[str, Any]:
         "examples": report_examples(results),
         "paper": PAPER,
     }
-    about = {"description": describe_game(game), "settings": asdict(game), "versions": versions}
+    about = {"description": mask_secrets(describe_game(game)), "versions": versions}
     about["commits"] = sorted({record["commit"] for record in done})
     figures |= {"verdict": make_verdict(figures), "game": about}
     return figures | {"players": report_players(results), "stages": report_stages(results)}

@@ -83,10 +83,10 @@ def write_outputs(stage: Stage, with_rewards: bool) -> None:
 
 
 def play_by_hand(
-    folder: Path, num_stages: int | None = None, seconds: float = 1.0, with_rewards: bool = True
+    folder: Path, num_stages: int | None = None, seconds: float = 1.0, with_rewards: bool = True, **changes: object
 ) -> tuple[Game, list[Stage]]:
     """Writes a game of which the first stages are done."""
-    game = make_game(folder, judge=True)
+    game = make_game(folder, **{"judge": True} | changes)
     stages = plan_game(game)
     records = Records(stages)
     run = {"attempts": 1, "counts": {"pairs": 6}, "commit": "abc", "versions": {"torch": "2"}, "finished": "today"}
@@ -190,6 +190,14 @@ def test_half_a_game_has_the_figures_of_what_is_done(tmp_path, report, num_stage
         assert found[name] == report[name][: len(found[name])]
     for row, whole in zip(found["llm"], report["llm"], strict=False):
         assert all(value in (None, whole[name]) for name, value in row.items())
+
+
+def test_control_and_game_without_a_judge_have_a_page(tmp_path):
+    report = make_report(*play_by_hand(tmp_path, apo=False, align_type="rjs", judge=False))
+    assert [row["golden_over_sampled_pairs_learnt"] for row in report["rm"]] == [0, 0]
+    assert report["since_llm_0"]["flawless"] is None and "flawless" not in report["verdict"][0]
+    page = PageParser(render_page(report))
+    assert "the control: human pairs only" in page.text and "Judged by rule" not in page.text
 
 
 def test_evaluation_of_an_earlier_version_has_no_interval(tmp_path):
