@@ -110,12 +110,23 @@ def test_output_folder_holds_everything(apo_run):
     expected = """checkpoint-2 checkpoint-4 checkpoint-6 trainer_state.json train_results.json eval_results.json
         all_results.json final_eval_results.json training_curves.png config.json model.safetensors tokenizer.json
         tokenizer.model tokenizer_config.json README.md arguments.json manifest.json calibration_a_test.json
-        calibration_a_test.png calibration_b_test.json calibration_b_test.png"""
+        calibration_a_test.png calibration_b_test.json calibration_b_test.png eval_rewards.json"""
     assert set(expected.split()) <= {path.name for path in apo_run.iterdir()}
     assert not list(apo_run.rglob("*.tmp"))
     for checkpoint in apo_run.glob("checkpoint-*"):
         names = {path.name for path in checkpoint.iterdir()}
         assert {"model.safetensors", "config.json", "tokenizer.model", "trainer_state.json", "optimizer.pt"} <= names
+
+
+def test_rewards_of_an_evaluation_give_its_metrics(apo_run):
+    """The accuracy and the number of pairs, from the rewards and scores of each record."""
+    rewards, results = (read_json(apo_run / name) for name in ("eval_rewards.json", "final_eval_results.json"))
+    assert list(rewards) == list(results)
+    for name, items in rewards.items():
+        responses = [list(zip(item["scores"], item["rewards"], strict=True)) for item in items]
+        hits = [a > b for own in responses for better, a in own for worse, b in own if better > worse]
+        assert len(hits) == results[name][f"eval_{name}_pairs"] > 0
+        assert sum(hits) / len(hits) == pytest.approx(results[name][f"eval_{name}_accuracy"])
 
 
 def test_metrics_have_the_names_of_the_reference_and_plain_ones(apo_run):

@@ -208,6 +208,13 @@ def test_evaluation_of_an_earlier_version_has_no_interval(tmp_path):
     render_page(report)
 
 
+def test_stage_that_its_game_is_about_to_rename_is_left_to_it(tmp_path):
+    game, stages = play_by_hand(tmp_path, 2)
+    stages[1].folder.rename(stages[1].working)
+    assert [row["stage"] for row in make_report(game, stages)["stages"]] == ["0/sample_test"]
+    assert stages[1].working.is_dir()
+
+
 def test_stage_that_does_not_fit_is_refused(tmp_path):
     game, stages = play_by_hand(tmp_path)
     stages[0].folder.joinpath("llm_0_testing_sample_test_results.json").write_text("[]")
