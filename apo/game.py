@@ -237,9 +237,9 @@ class Planner:
             if expected:
                 raise InputError(f"{name}: per_round: {flag}: found {describe(values)}, expected {expected}")
             given[flag] = values[round_ - 1]
-        if name == "train_rm" and not self.game.apo:
-            return {flag: value for flag, value in given.items() if not flag.startswith(("apo_", "rm_kl_coeff"))}
-        return given
+        without = ("apo_", "rm_kl_coeff") if name == "train_rm" and not self.game.apo else ()
+        without = ("beta",) if name == "align" and self.game.align_type != "dpo" else without
+        return {flag: value for flag, value in given.items() if not flag.startswith(without)}
 
     def sample(self, round_: int, name: str, llm: str, number: int, data: str, task_type: str = "sampling") -> str:
         """Adds a stage in which LLM `number` responds to prompts; returns the file of its responses."""

@@ -36,7 +36,7 @@ VALID_PROMPTS, VALID_GOLDEN = 160, 60
 TEST_PROMPTS, TEST_GOLDEN = 400, 150
 VALID_TASKS, TEST_TASKS = 10, 22  # the other tasks are for training
 # Further prompts about the tasks of training: to align, to test, and to fine-tune an LLM that writes such responses.
-GAME_TRAIN, GAME_TEST, GAME_SFT = 300, 150, 560
+GAME_TRAIN, GAME_TEST, GAME_SFT = 600, 150, 560
 
 # ((polite, concrete) of the better response, of the worse response) -> how often
 HUMAN_PREFERENCES = {
@@ -158,20 +158,22 @@ def sampled_records(rng: random.Random, prompts: list[Prompt], tasks: list[str])
 
 
 def make_game_data(rng: random.Random, tasks: list[str], known: list[Prompt]) -> dict[str, list[dict]]:
-    """The files of the game: prompts about `tasks` whose last turn none of `known` has; responses to some of them.
+    """The files of the game: prompts about `tasks` whose last turn none of `known` has.
 
-    An LLM that imitates these, besides good ones, gets their flaws. They are in the field `golden`, which SFT reads.
+    Responses to fine-tune an LLM on are in the field `golden`, which SFT reads; from their flaws it gets its own. The
+    test prompts have golden responses, against which reward models are tested.
     """
     known_turns = {prompt.query.rpartition("\n\nHuman:")[2] for prompt in known}
     num_prompts = len(tasks) * len(TEXTS["questions"]) * len(TEXTS["situations"])  # all there are, in random order
     prompts = make_prompts(rng, tasks, num_prompts, itertools.count())
     new = [prompt for prompt in prompts if prompt.query.rpartition("\n\nHuman:")[2] not in known_turns]
     queries = [{"query_id": f"game_{i}", "query": prompt.query} for i, prompt in enumerate(new)]
-    sft = range(GAME_TRAIN + GAME_TEST, GAME_TRAIN + GAME_TEST + GAME_SFT)
+    test = range(GAME_TRAIN, GAME_TRAIN + GAME_TEST)
+    sft = range(test.stop, test.stop + GAME_SFT)
     return {
         "llm_data/game_prompts.train.json": queries[:GAME_TRAIN],
-        "eval_data/game_prompts.test.json": queries[GAME_TRAIN : GAME_TRAIN + GAME_TEST],
         "llm_data/game_sft.train.json": [queries[i] | {"golden": make_sampled(rng, new[i].task, tasks)} for i in sft],
+        "eval_data/game_golden.test.json": [queries[i] | {"golden": make_response(rng, new[i].task)} for i in test],
     }
 
 

@@ -10,7 +10,7 @@ from apo.records import load_preference_data
 from tools.dev.make_sample_data import LABEL_NOISE, TEST_PROMPTS, TEXTS, make_sample_data
 
 SAMPLE_DIR = Path(__file__).resolve().parents[3] / "data" / "sample"
-GAME = ("llm_data/game_prompts.train.json", "eval_data/game_prompts.test.json", "llm_data/game_sft.train.json")
+GAME = ("llm_data/game_prompts.train.json", "eval_data/game_golden.test.json", "llm_data/game_sft.train.json")
 TRAIN = ("rm_data/hh_split_rm.train.json", "llm_data/hh_split_llm.train.json")
 VALID, TEST = "eval_data/hh_split_llm.valid.json", "eval_data/hh_cleaned_origin.test.json"
 PAIR_FILES = (*TRAIN, "hh_cleaned_origin.train.json", VALID, TEST)
