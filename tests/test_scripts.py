@@ -230,7 +230,8 @@ def test_every_package_has_one_version_on_every_python():
 @pytest.mark.slow
 def test_quickstart_improves_golden_over_sampled_accuracy():
     """On held-out prompts the APO RM puts golden over sampled at least 10 points more often; on human pairs it loses
-    at most 2. A newcomer sees no message of a library, and what to do next."""
+    at most 2. Then a game is played, and ends with its page. A newcomer sees no message of a library, and what to do
+    next."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_DATASETS_CACHE"}
     done = subprocess.run(
         ["bash", "scripts/quickstart.sh"], cwd=REPO_ROOT, env=environment, capture_output=True, text=True
@@ -248,5 +249,8 @@ def test_quickstart_improves_golden_over_sampled_accuracy():
     human = "eval_hh_cleaned_origin.test.json_accuracy"
     assert apo[golden] >= base[golden] + 0.10
     assert apo[human] >= base[human] - 0.02
+    report = REPO_ROOT / "outputs" / "quickstart" / "game" / "report"
+    assert read_json(report / "report.json")["rounds_done"] == 2 and (report / "index.html").is_file()
+    assert f"{report.relative_to(REPO_ROOT)}/index.html" in done.stdout and "LLM 2 is" in done.stdout
     assert not re.search("LOAD REPORT|accelerator|deprecated|Loading weights", done.stdout + done.stderr)
     assert "MODEL=outputs/quickstart/rm_apo bash scripts/score.sh" in done.stdout.splitlines()[-1]

