@@ -146,7 +146,7 @@ def run(stack: contextlib.ExitStack) -> None:
     rewards_depend_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings)}
     depends_on: dict[str, Any] = {}
     if args.do_train:
-        more = {"dtype": model_args.storage, "lora": model_args.lora, "num_processes": args.world_size}
+        more = {"dtype": model_args.storage, "lora": args.lora, "num_processes": args.world_size}
         paths = data_args.train_data_path, data_args.eval_data_path
         depends_on = weights_depend_on(args.to_dict(), *paths, **rewards_depend_on, **more)
         if not start_training(args, depends_on, paths[1], stack):
@@ -164,7 +164,7 @@ def run(stack: contextlib.ExitStack) -> None:
     attention = choose_attention(config, args.batching, args.device, compute_dtype)
     loading = {"seed": args.seed, "dtype": dtype, "attention": attention, "will_train": args.do_train}
     loading |= {"with_lm_head": args.lm_loss_coeff > 0, "needs_trained_head": args.task_type == "inference"}
-    loading |= {"lora": model_args.lora, "load_in_4bit": model_args.load_in_4bit}
+    loading |= {"lora": args.lora, "load_in_4bit": model_args.load_in_4bit}
     model = load_reward_model(model_path, config, tokenizer, settings, **loading)
 
     # ---- trainer

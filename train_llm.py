@@ -163,6 +163,7 @@ def run(stack: contextlib.ExitStack) -> None:
     if args.do_train:
         more = {**asdict(llm_args), "model_name_or_path": versions[model_path], "tokenizer": fingerprint(tokenizer)}
         more |= {"reference_model": versions.get(llm_args.reference_model), "num_processes": args.world_size}
+        more["lora"] = args.lora
         depends_on = weights_depend_on(args.to_dict(), data_args.train_data_path, data_args.eval_data_path, **more)
         if not start_training(args, depends_on, data_args.eval_data_path, stack):
             if is_main:
@@ -194,7 +195,7 @@ def run(stack: contextlib.ExitStack) -> None:
         train_set = data_sets[-1] if train_set else None
 
     # ---- model and trainer
-    model = load_policy(model_path, config, dtype=dtype, attention=attention)
+    model = load_policy(model_path, config, dtype=dtype, attention=attention, lora=args.lora, seed=args.seed)
     trainer = PolicyTrainer(
         model=model,
         args=args,

@@ -25,11 +25,12 @@ logger = logging.getLogger(__name__)
 STATE, CONTENTS = "run_state.json", "contents.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # How the flags begin on which no weight depends: what is logged, evaluated, saved, and how data reach the device.
+# LoRA's are recorded as one.
 NO_WEIGHT_DEPENDS_ON = (
     *("output_dir", "log", "disable_tqdm", "report_to", "run_name", "project", "trackio", "eval", "per_device_eval"),
     *("include_", "save_", "do_", "resume_", "local_rank", "rm_calibration", "calibration_bins", "skip_memory"),
     *("dataloader_num_workers", "dataloader_p", "dataloader_multi", "ddp_timeout", "torch_empty_cache", "use_cpu"),
-    "allow_changes",
+    *("allow_changes", "use_peft", "lora_"),
 )
 
 
@@ -42,7 +43,7 @@ def weights_depend_on(
         arguments: all resolved training arguments.
         data_paths: the training files, in order.
         eval_paths: the evaluation files; they count where the best checkpoint is loaded at the end.
-        more: other things, such as the version of the base model.
+        more: other things, such as the version of the base model, and the flags of LoRA.
     """
     flags = {name: value for name, value in arguments.items() if not name.startswith(NO_WEIGHT_DEPENDS_ON)}
     flags["train_data"] = [sha256_of_file(path) for path in data_paths]
