@@ -5,7 +5,6 @@ None follow the checkpoint (`models.RewardSettings`), and the reference's defaul
 """
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import is_bitsandbytes_available, strtobool
 
-from apo.cli import InputError, OneLineParser, read_config, read_json
+from apo.cli import InputError, OneLineParser, read_config, read_json, suggest
 from apo.flags import check_flags, check_packages
 from apo.launch import count_processes
 
@@ -306,8 +305,7 @@ def _unknown_flag(flag: str, known: list[str]) -> str:
         return f"{name} is no flag of transformers 5: {RENAMED_FLAGS[name]}"
     if not name.startswith("-"):
         return f'"{flag}" belongs to no flag; expected --flag value'
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else "; see --help")
+    return f"unknown flag {name}; {suggest(name, known) or 'see --help'}"
 
 
 def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None:

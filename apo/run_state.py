@@ -138,13 +138,6 @@ def choose_start(
     return None
 
 
-def refuse_results_of_another(output_dir: str | Path, model_path: str) -> None:
-    """Raises an InputError for an evaluation into the folder of a training run whose model is another one."""
-    folder, model = Path(output_dir).resolve(), Path(model_path).resolve()
-    if (folder / STATE).is_file() and folder not in (model, *model.parents):
-        raise InputError(f"{output_dir} holds a training run; evaluate {model_path} into another --output_dir")
-
-
 def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any], eval_data: list[str]) -> bool:
     """Whether a run with the same data and flags has finished there, and its model is whole.
 
@@ -204,7 +197,7 @@ def exclusive(output_dir: str | Path) -> Iterator[None]:
 def start_training(
     args: TrainingArguments, depends_on: dict[str, Any], eval_paths: list[str], stack: contextlib.ExitStack
 ) -> bool:
-    """Locks the output folder and settles where training starts; returns False if it has finished before.
+    """Locks the output folder and settles where training starts; says so and returns False if it has finished before.
 
     All processes get the same decision, that of the main one.
     """
@@ -218,9 +211,20 @@ def start_training(
         if not has_finished:
             start = choose_start(args.output_dir, args.resume_from_checkpoint, depends_on, args.allow_changes)
             stack.enter_context(recorded_run(args.output_dir, depends_on, eval_data))
+        else:
+            print(f"{args.output_dir}: this run has finished before; nothing is left to do")
     has_finished, args.resume_from_checkpoint = broadcast_object_list([has_finished, start])
     args.eval_on_start &= args.resume_from_checkpoint is None
     return not has_finished
+
+
+def start_evaluation(args: TrainingArguments, model_path: str, stack: contextlib.ExitStack) -> None:
+    """Locks the output folder for the results of a model; raises an InputError for the folder of another one."""
+    folder, model = Path(args.output_dir).resolve(), Path(model_path).resolve()
+    if (folder / STATE).is_file() and folder not in (model, *model.parents):
+        raise InputError(f"{args.output_dir} holds a training run; evaluate {model_path} into another --output_dir")
+    if args.process_index == 0:
+        stack.enter_context(exclusive(args.output_dir))
 
 
 @contextlib.contextmanager
