@@ -111,10 +111,12 @@ class CommonTrainingArguments(TrainingArguments):
     )
     eval_token_budget: int | None = HfArg(
         default=None,
-        help="Tokens of a batch per device in evaluation and scoring, padding included; a larger item runs alone "
+        help="Tokens of a batch per device outside of training, padding included; a larger item runs alone "
         "(default: 2 x max_length x per_device_eval_batch_size; on a CPU 2048 if that is less).",
     )
-    use_peft: bool = HfArg(default=False, help="Train a LoRA adapter (and the reward head), not the whole model.")
+    use_peft: bool = HfArg(
+        default=False, help="Train a LoRA adapter, and the head of a reward model, and not the whole model."
+    )
     lora_r: int | None = HfArg(default=None, help="Rank of a new adapter (default: 16).")
     lora_alpha: int | None = HfArg(default=None, help="A new adapter is scaled by alpha / rank (default: 32).")
     lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapter; above 0, batches are padded.")

@@ -78,10 +78,11 @@ def evaluate(trainer: RewardModelTrainer) -> dict[str, dict[str, float]]:
     outputs = evaluate_all(trainer, **({"reward_head": origin} if is_random else {}))
     results = {name: output.metrics for name, output in outputs.items()}
     if trainer.is_world_process_zero():
-        for name, output in outputs.items() if args.save_calibration else ():
-            rewards, scores = output.predictions[0], output.label_ids[0]
-            curves = {bins: calibration_curve(rewards, scores, bins) for bins in args.calibration_bins}
-            save_calibration(args.output_dir, name, curves)
+        if args.save_calibration:
+            for name, output in outputs.items():
+                rewards, scores = output.predictions[0], output.label_ids[0]
+                curves = {bins: calibration_curve(rewards, scores, bins) for bins in args.calibration_bins}
+                save_calibration(args.output_dir, name, curves)
         print(format_results({os.path.basename(os.path.normpath(args.output_dir)): results}, args.calibration_bins[0]))
     return results
 

@@ -149,8 +149,8 @@ def run(stack: contextlib.ExitStack) -> None:
     depends_on: dict[str, Any] = {}
     if args.do_train:
         more = {**asdict(llm_args), "model_name_or_path": versions[model_path], "tokenizer": fingerprint(tokenizer)}
-        more |= {"reference_model": versions.get(llm_args.reference_model), "num_processes": args.world_size}
-        more["lora"] = args.lora
+        more |= {"reference_model": versions.get(llm_args.reference_model), "lora": args.lora}
+        more["num_processes"] = args.world_size
         depends_on = weights_depend_on(args.to_dict(), data_args.train_data_path, data_args.eval_data_path, **more)
         if not start_training(args, depends_on, data_args.eval_data_path, stack):
             return

@@ -332,6 +332,7 @@ def test_finished_run_does_nothing_and_other_flags_are_refused(flags, capsys, re
     assert "this run has finished before" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == weights
     assert "a finished run with beta 0.1, now 0.2" in refused(**flags, max_steps=1, beta=0.2)
+    assert "lora None, now {'lora_r': 4" in refused(**flags, max_steps=1, use_peft=True, lora_r=4)
 
 
 # ------------------------------------------------------------------------------------------------ processes
