@@ -5,7 +5,6 @@ None follow the checkpoint (`models.RewardSettings`), and the reference's defaul
 """
 
 import argparse
-import difflib
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 from transformers.utils import is_bitsandbytes_available, strtobool
 
-from apo.cli import InputError, OneLineParser, read_config, read_json
+from apo.cli import InputError, OneLineParser, read_config, read_json, suggest
 from apo.flags import check_flags, check_packages
 from apo.launch import count_processes
 
@@ -71,30 +70,12 @@ class ModelArguments:
     dtype: Literal["float32", "bfloat16", "float16"] = HfArg(
         default="float32", help="Type of the weights in memory; --bf16 computes in bfloat16 on float32 weights."
     )
-    use_peft: bool = HfArg(default=False, help="Train a LoRA adapter and the reward head only, and save these.")
-    lora_r: int | None = HfArg(default=None, help="Rank of a new adapter (default: 16).")
-    lora_alpha: int | None = HfArg(default=None, help="A new adapter is scaled by alpha / rank (default: 32).")
-    lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapter; above 0, batches are padded.")
-    lora_target_modules: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Names of the layers with an adapter, or all-linear (default: PEFT's for the model type)."},
-    )
-    lora_modules_to_save: list[str] = field(
-        default_factory=list, metadata={"help": "Further modules to train and save whole, as the reward head is."}
-    )
     load_in_4bit: bool = HfArg(default=False, help="Keep the decoder in 4 bits on the GPU, with bitsandbytes.")
 
     def __post_init__(self) -> None:
         check_flags(self)
         if self.load_in_4bit and not is_bitsandbytes_available():
             raise InputError("--load_in_4bit needs the package bitsandbytes; install it, or leave the flag out")
-        if not self.use_peft and (given := [name for name in LORA_FLAGS if getattr(self, name)]):
-            logger.warning("--%s has no effect without --use_peft true", ", --".join(given))
-
-    @property
-    def lora(self) -> dict[str, Any] | None:
-        """The flags of the adapter to train; None without --use_peft."""
-        return {name: getattr(self, name) for name in LORA_FLAGS} if self.use_peft else None
 
     @property
     def storage(self) -> str:
@@ -126,18 +107,30 @@ class CommonTrainingArguments(TrainingArguments):
     eval_at_start: bool = HfArg(default=False, help="Evaluate before the first step too.")
     batching: Literal["tree", "padded"] = HfArg(
         default="tree",
-        help="tree: a shared prefix is computed once, without padding (the LM head of --lm_loss_coeff excepted); "
-        "padded: one padded row a response.",
+        help="tree: a shared prefix is computed once, without padding; padded: one padded row a response.",
     )
     eval_token_budget: int | None = HfArg(
         default=None,
-        help="Tokens of a batch per device in evaluation and scoring, padding included; a larger item runs alone "
+        help="Tokens of a batch per device outside of training, padding included; a larger item runs alone "
         "(default: 2 x max_length x per_device_eval_batch_size; on a CPU 2048 if that is less).",
+    )
+    use_peft: bool = HfArg(
+        default=False, help="Train a LoRA adapter, and the head of a reward model, and not the whole model."
+    )
+    lora_r: int | None = HfArg(default=None, help="Rank of a new adapter (default: 16).")
+    lora_alpha: int | None = HfArg(default=None, help="A new adapter is scaled by alpha / rank (default: 32).")
+    lora_dropout: float = HfArg(default=0.0, help="Dropout before the adapter; above 0, batches are padded.")
+    lora_target_modules: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Names of the layers with an adapter, or all-linear (default: PEFT's for the model type)."},
+    )
+    lora_modules_to_save: list[str] = field(
+        default_factory=list, metadata={"help": "Further modules to train and save whole."}
     )
     logging_nan_inf_filter: bool = HfArg(default=False, help="No effect: a loss that is not finite ends the run.")
     debug_mode: bool = HfArg(default=False, help="Use the first 64 records of each file only.")
     allow_changes: bool = HfArg(
-        default=False, help="Resume from a checkpoint of other data or flags; replace the rewards of another model."
+        default=False, help="Resume from a checkpoint of other data or flags; replace a result of another model."
     )
     eval_strategy: str = HfArg(default="no", aliases=["--evaluation_strategy"], help="Evaluate: no, steps or epoch.")
     remove_unused_columns: bool = HfArg(default=False, help="No effect: the columns of the data are fixed.")
@@ -150,8 +143,24 @@ class CommonTrainingArguments(TrainingArguments):
         """Records to use of each file; None: all."""
         return 64 if self.debug_mode else None
 
+    @property
+    def lora(self) -> dict[str, Any] | None:
+        """The flags of the adapter to train; None if there is none."""
+        return {name: getattr(self, name) for name in LORA_FLAGS} if self.use_peft else None
+
+    def _settle_lora(self) -> None:
+        if not self.use_peft and (given := [name for name in LORA_FLAGS if getattr(self, name)]):
+            logger.warning("--%s has no effect without --use_peft true", ", --".join(given))
+        if self.use_peft and not self.do_train:
+            logger.warning("--use_peft has no effect without --do_train true")
+            self.use_peft = False
+        if self.use_peft and self.lora_dropout and self.batching == "tree":
+            logger.info("--batching padded: a token that responses share cannot be dropped for each (--lora_dropout)")
+            self.batching = "padded"
+
     def __post_init__(self) -> None:
         check_flags(self)
+        self._settle_lora()
         if self.deepspeed:
             if not self.use_cpu and not torch.accelerator.is_available():
                 raise InputError("--deepspeed, but no accelerator was found; add --use_cpu true to train on the CPU")
@@ -190,7 +199,10 @@ class RewardTrainingArguments(CommonTrainingArguments):
     apo_loss_coeff: float = HfArg(default=0.0, help="Weight of the loss on golden-over-sampled pairs.")
     apo_sample_num: int = HfArg(default=1, help="Sampled responses per golden response; divides apo_loss_coeff.")
     rm_kl_coeff: float = HfArg(default=1.0, help="Weight of the ranking loss on human pairs under --task_type apo.")
-    lm_loss_coeff: float = HfArg(default=0.0, help="Weight of the language-modelling loss on good responses.")
+    lm_loss_coeff: float = HfArg(
+        default=0.0,
+        help="Weight of the language-modelling loss on good responses; its LM head always runs on padded rows.",
+    )
     lm_score_thresh: float = HfArg(default=0.85, help="Normalised score above which a response is modelled.")
     rm_calibration: bool = HfArg(default=False, help="Report calibration errors (ECE, ACE, MCE).")
     calibration_bins: list[int] = field(
@@ -279,12 +291,6 @@ def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArgu
     """Builds the groups of `train.py`; see `build_groups`."""
     model_args, data_args, args = build_groups(flags, GROUPS)
     _check_task(data_args, args)
-    if model_args.use_peft and not args.do_train:
-        logger.warning("--use_peft has no effect without --do_train true: an adapter folder is used as any other")
-        model_args.use_peft = False
-    if model_args.use_peft and model_args.lora_dropout and args.batching == "tree":
-        logger.info("--batching padded: a token that responses share cannot be dropped for each (--lora_dropout)")
-        args.batching = "padded"
     check_dtype(model_args.dtype, args)
     return model_args, data_args, args
 
@@ -301,8 +307,7 @@ def _unknown_flag(flag: str, known: list[str]) -> str:
         return f"{name} is no flag of transformers 5: {RENAMED_FLAGS[name]}"
     if not name.startswith("-"):
         return f'"{flag}" belongs to no flag; expected --flag value'
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"unknown flag {name}" + (f"; did you mean {close[0]}?" if close else "; see --help")
+    return f"unknown flag {name}; {suggest(name, known) or 'see --help'}"
 
 
 def _check_task(data_args: DataArguments, args: RewardTrainingArguments) -> None:

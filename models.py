@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import ModelOutput
 
 from apo.adapters import adapt, find_base, four_bits
 from apo.cli import InputError, first_few
 from apo.divergence import refuse_non_finite
+from apo.launch import seeded
 from apo.run_state import check_weights
 from apo.tokenizer import RewardTokenizer, load_reward_tokenizer
 from apo.tree import batching_of, choose_attention, prepare_attention
@@ -350,7 +351,7 @@ def load_reward_model(
     """Loads a pretrained decoder, a reward model or the adapter of one, and logs where its reward head came from.
 
     The head is `reward_head.weight`, or `score.weight` in the models of other libraries. An existing head is never
-    initialised again, a missing one after seeding with `seed`. An adapter is merged into its base model, unless it is
+    initialised again, a missing one is drawn from `seed`. An adapter is merged into its base model, unless it is
     to be trained: see `apo.adapters.adapt`.
 
     Args:
@@ -373,41 +374,45 @@ def load_reward_model(
     """
     check_weights(path)
     base, config = find_base(path, config, load_config, load_in_4bit)
-    set_seed(seed)
     config.pad_token_id = None  # set below: an added pad token lies beyond the table that is loaded
     config.reward_settings = asdict(settings)
     if with_lm_head:
         _check_lm_head(config)
+    with seeded(seed):
+        quantization = four_bits(dtype) if load_in_4bit else None
+        options = {"dtype": dtype, "attn_implementation": attention, "quantization_config": quantization}
+        model, info = _read_weights(base, config=config, with_lm_head=with_lm_head, **options)
+        if len(tokenizer.hf_tokenizer) > config.vocab_size:
+            logger.info("embedding table grown from %d to %d tokens", config.vocab_size, len(tokenizer.hf_tokenizer))
+            model.resize_token_embeddings(len(tokenizer.hf_tokenizer))
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.tokenizer = tokenizer
+        is_new_head = base == path and "reward_head.weight" in info["missing_keys"]
+        _check_head(model, path, seed, is_new_head, needs_trained_head, will_train)
+        if base != path or lora is not None:
+            model = adapt(model, path, base, lora, num_base_tokens=config.vocab_size)
+        elif will_train and getattr(model, "is_quantized", False):
+            raise InputError(f"{path}: quantised weights cannot be trained; give --use_peft true")
+    refuse_non_finite(path, dict(model.named_parameters()))
+    return model
+
+
+def _read_weights(path: str, **options: Any) -> tuple[RewardModel, dict[str, Any]]:
+    """Returns a reward model and which weights were found, as `from_pretrained` of transformers does."""
     try:
         model, info = super(RewardModel, RewardModel).from_pretrained(
-            base,
-            config=config,
-            dtype=dtype,
-            quantization_config=four_bits(dtype) if load_in_4bit else None,
-            with_lm_head=with_lm_head,
-            attn_implementation=attention,
+            path,
             key_mapping={r"^score\.": "reward_head."},
             ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
+            **options,
         )
     except (OSError, RuntimeError, SafetensorError, ImportError, ValueError) as error:  # the last two: quantised ones
-        raise InputError(f"{base}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error
-    _check_weight_names(base, info)
+        raise InputError(f"{path}: the weights cannot be loaded ({str(error).splitlines()[0]})") from error
+    _check_weight_names(path, info)
     # Otherwise transformers gives the head its old name again when it saves.
     model._weight_conversions = [c for c in model._weight_conversions if "reward_head." not in c.target_patterns]
-    if len(tokenizer.hf_tokenizer) > config.vocab_size:
-        logger.info("embedding table grown from %d to %d tokens", config.vocab_size, len(tokenizer.hf_tokenizer))
-        model.resize_token_embeddings(len(tokenizer.hf_tokenizer))
-    model.config.pad_token_id = tokenizer.pad_token_id
-    model.tokenizer = tokenizer
-    is_new_head = base == path and "reward_head.weight" in info["missing_keys"]
-    _check_head(model, path, seed, is_new_head, needs_trained_head, will_train)
-    if base != path or lora is not None:
-        model = adapt(model, path, base, lora, num_base_tokens=config.vocab_size)
-    elif will_train and getattr(model, "is_quantized", False):
-        raise InputError(f"{path}: quantised weights cannot be trained; give --use_peft true")
-    refuse_non_finite(path, dict(model.named_parameters()))
-    return model
+    return model, info
 
 
 def _check_lm_head(config: PreTrainedConfig) -> None:

@@ -25,8 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, locked, read_json, write_json
-from apo.game import CHOICES, Game, describe_game, plan_game, read_game, server_command, shell_script, suggest
+from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, locked, read_json, suggest, write_json
+from apo.game import CHOICES, Game, describe_game, plan_game, read_game, server_command, shell_script
 from apo.launch import setup_logging
 from apo.processes import find_reason, lock_of_processes, run_command, serving
 from apo.run_files import PACKAGES, git_commit

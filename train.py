@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from apo.cli import exit_on_input_error, sha256_of_file, write_json
 from apo.launch import exit_worker, prepare_deepspeed, set_ranks_of_one_process, setup_logging
-from apo.run_state import exclusive, refuse_results_of_another, start_training, weights_depend_on
+from apo.run_state import start_evaluation, start_training, weights_depend_on
 from reward_datasets import RewardDataCollator, load_preference_dataset, merge_training_data, name_datasets
 
 if TYPE_CHECKING:
@@ -76,33 +76,27 @@ def list_rewards(query_ids: Sequence[str], rewards: np.ndarray, scores: np.ndarr
     ]
 
 
-def evaluate_all(trainer: RewardModelTrainer, eval_sets: dict[str, datasets.Dataset]) -> dict[str, dict[str, float]]:
-    """Evaluates each set under its own name and writes the results; returns {name: metrics}."""
-    from transformers import PrinterCallback
-
+def evaluate(trainer: RewardModelTrainer) -> dict[str, dict[str, float]]:
+    """Evaluates each set under its own name, writes and prints the results; returns {name: metrics}."""
+    from apo.evaluation import evaluate_all
     from apo.figures import save_calibration
-    from apo.run_files import format_results, write_results
+    from apo.run_files import format_results
     from trainer import calibration_curve
 
     args = trainer.args
-    trainer.remove_callback(PrinterCallback)  # the table says it in less
     origin = trainer.model.head_origin
-    random_head = {"reward_head": origin} if origin.startswith("init") and not args.do_train else {}
-    results, rewards_of = {}, {}
-    for name, eval_set in eval_sets.items():
-        output = trainer.predict(eval_set, metric_key_prefix=f"eval_{name}")
-        rewards_of[name] = list_rewards(eval_set["query_id"], output.predictions[0], output.label_ids[0])
-        logs = dict(output.metrics)
-        trainer.log(logs)
-        results[name] = {metric: logs[metric] for metric in output.metrics if metric in logs}
-        if args.save_calibration and trainer.is_world_process_zero():
-            rewards, scores = output.predictions[0], output.label_ids[0]
-            curves = {bins: calibration_curve(rewards, scores, bins) for bins in args.calibration_bins}
-            save_calibration(args.output_dir, name, curves)
+    is_random = origin.startswith("init") and not args.do_train
+    outputs = evaluate_all(trainer, **({"reward_head": origin} if is_random else {}))
+    results = {name: output.metrics for name, output in outputs.items()}
     if trainer.is_world_process_zero():
+        rewards_of = {}
+        for name, output in outputs.items():
+            rewards, scores = output.predictions[0], output.label_ids[0]
+            rewards_of[name] = list_rewards(trainer.eval_dataset[name]["query_id"], rewards, scores)
+            if args.save_calibration:
+                curves = {bins: calibration_curve(rewards, scores, bins) for bins in args.calibration_bins}
+                save_calibration(args.output_dir, name, curves)
         write_json(os.path.join(args.output_dir, "eval_rewards.json"), rewards_of)
-        write_json(os.path.join(args.output_dir, "final_eval_results.json"), results)
-        write_results(args.output_dir, "eval", random_head | {k: v for r in results.values() for k, v in r.items()})
         print(format_results({os.path.basename(os.path.normpath(args.output_dir)): results}, args.calibration_bins[0]))
     return results
 
@@ -159,17 +153,13 @@ def run(stack: contextlib.ExitStack) -> None:
     rewards_depend_on = {"model": version, "tokenizer": tokenizer.fingerprint, **asdict(settings)}
     depends_on: dict[str, Any] = {}
     if args.do_train:
-        more = {"dtype": model_args.storage, "lora": model_args.lora, "num_processes": args.world_size}
+        more = {"dtype": model_args.storage, "lora": args.lora, "num_processes": args.world_size}
         paths = data_args.train_data_path, data_args.eval_data_path
         depends_on = weights_depend_on(args.to_dict(), *paths, **rewards_depend_on, **more)
         if not start_training(args, depends_on, paths[1], stack):
-            if args.process_index == 0:
-                print(f"{args.output_dir}: this run has finished before; nothing is left to do")
             return
     elif args.task_type != "inference":
-        refuse_results_of_another(args.output_dir, model_path)
-        if args.process_index == 0:
-            stack.enter_context(exclusive(args.output_dir))
+        start_evaluation(args, model_path, stack)
 
     # ---- model
     dtype = getattr(torch, model_args.dtype)
@@ -177,7 +167,7 @@ def run(stack: contextlib.ExitStack) -> None:
     attention = choose_attention(config, args.batching, args.device, compute_dtype)
     loading = {"seed": args.seed, "dtype": dtype, "attention": attention, "will_train": args.do_train}
     loading |= {"with_lm_head": args.lm_loss_coeff > 0, "needs_trained_head": args.task_type == "inference"}
-    loading |= {"lora": model_args.lora, "load_in_4bit": model_args.load_in_4bit}
+    loading |= {"lora": args.lora, "load_in_4bit": model_args.load_in_4bit}
     model = load_reward_model(model_path, config, tokenizer, settings, **loading)
 
     # ---- trainer
@@ -191,7 +181,6 @@ def run(stack: contextlib.ExitStack) -> None:
         processing_class=tokenizer,
     )
     trainer.depends_on = depends_on
-    assert bool(args.deepspeed) == trainer.is_deepspeed_enabled, "the DeepSpeed config was dropped"
     is_main = trainer.is_world_process_zero()
     if is_main:
         arguments = {**asdict(model_args), **asdict(data_args), **args.to_dict(), "world_size": args.world_size}
@@ -208,7 +197,7 @@ def run(stack: contextlib.ExitStack) -> None:
             inputs = {"data_sha256": sha256_of_file(path), **rewards_depend_on}
             score_dataset(trainer, eval_sets[name], score_paths[name], inputs)
     else:
-        results = evaluate_all(trainer, eval_sets) if eval_sets else {}
+        results = evaluate(trainer) if eval_sets else {}
         if args.do_train and is_main:
             plot_training_curves(args.output_dir, trainer.state.log_history)
             write_model_card(args.output_dir, model_path, asdict(settings), results)

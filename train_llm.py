@@ -13,13 +13,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from apo.cli import InputError, exit_on_input_error, write_json
+from apo.cli import InputError, exit_on_input_error
 from apo.launch import exit_worker, prepare_deepspeed, set_ranks_of_one_process, setup_logging
-from apo.run_state import exclusive, refuse_results_of_another, start_training, weights_depend_on
+from apo.run_state import start_evaluation, start_training, weights_depend_on
 from reward_datasets import name_datasets
 
 if TYPE_CHECKING:
@@ -76,30 +75,18 @@ def load_data(
     return train_set, {name: load(path) for name, path in eval_paths.items()}
 
 
-def evaluate_all(trainer: PolicyTrainer, eval_sets: dict[str, datasets.Dataset]) -> dict[str, dict[str, float]]:
-    """Evaluates each set under its own name and writes the results; returns {name: metrics}."""
-    from transformers import PrinterCallback
+def evaluate(trainer: PolicyTrainer) -> None:
+    """Evaluates each set under its own name, writes and prints the results."""
+    from apo.evaluation import evaluate_all
+    from apo.run_files import format_table
 
-    from apo.run_files import format_table, write_results
-
-    trainer.remove_callback(PrinterCallback)  # the table says it in less
-    results = {}
-    for name, eval_set in eval_sets.items():
-        metrics = trainer.predict(eval_set, metric_key_prefix=f"eval_{name}").metrics
-        trainer.log(dict(metrics))
-        results[name] = {key: value for key, value in metrics.items() if not key.endswith("_steps_per_second")}
+    columns = ("loss", "accuracy", "reward_weighted_accuracy", "margin", "pairs", "response_length")
+    rows = []
+    for name, output in evaluate_all(trainer).items():
+        values = [output.metrics.get(f"eval_{name}_{column}") for column in columns]
+        rows.append((name, *("-" if value is None else f"{value:.4g}" for value in values)))
     if trainer.is_world_process_zero():
-        output_dir = trainer.args.output_dir
-        write_json(os.path.join(output_dir, "final_eval_results.json"), results)
-        write_results(output_dir, "eval", {key: value for found in results.values() for key, value in found.items()})
-        columns = ("loss", "accuracy", "reward_weighted_accuracy", "margin", "pairs", "response_length")
-        rows = [(name, *(_format(found.get(f"eval_{name}_{c}")) for c in columns)) for name, found in results.items()]
         print(format_table(("evaluation set", *columns), rows))
-    return results
-
-
-def _format(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
 
 
 @exit_on_input_error
@@ -162,16 +149,13 @@ def run(stack: contextlib.ExitStack) -> None:
     depends_on: dict[str, Any] = {}
     if args.do_train:
         more = {**asdict(llm_args), "model_name_or_path": versions[model_path], "tokenizer": fingerprint(tokenizer)}
-        more |= {"reference_model": versions.get(llm_args.reference_model), "num_processes": args.world_size}
+        more |= {"reference_model": versions.get(llm_args.reference_model), "lora": args.lora}
+        more["num_processes"] = args.world_size
         depends_on = weights_depend_on(args.to_dict(), data_args.train_data_path, data_args.eval_data_path, **more)
         if not start_training(args, depends_on, data_args.eval_data_path, stack):
-            if is_main:
-                print(f"{args.output_dir}: this run has finished before; nothing is left to do")
             return
     else:
-        refuse_results_of_another(args.output_dir, model_path)
-        if is_main:
-            stack.enter_context(exclusive(args.output_dir))
+        start_evaluation(args, model_path, stack)
 
     # ---- the reference model, alone in memory
     dtype = getattr(torch, llm_args.dtype)
@@ -194,7 +178,7 @@ def run(stack: contextlib.ExitStack) -> None:
         train_set = data_sets[-1] if train_set else None
 
     # ---- model and trainer
-    model = load_policy(model_path, config, dtype=dtype, attention=attention)
+    model = load_policy(model_path, config, dtype=dtype, attention=attention, lora=args.lora, seed=args.seed)
     trainer = PolicyTrainer(
         model=model,
         args=args,
@@ -207,7 +191,6 @@ def run(stack: contextlib.ExitStack) -> None:
         processing_class=tokenizer,
     )
     trainer.depends_on = depends_on
-    assert bool(args.deepspeed) == trainer.is_deepspeed_enabled, "the DeepSpeed config was dropped"
     if is_main:
         arguments = {**asdict(llm_args), **asdict(data_args), **args.to_dict(), "world_size": args.world_size}
         write_manifest(args.output_dir, arguments, [*data_args.train_data_path, *data_args.eval_data_path])
@@ -216,7 +199,7 @@ def run(stack: contextlib.ExitStack) -> None:
     if args.do_train:
         train_and_save(trainer)
     if eval_sets:
-        evaluate_all(trainer, eval_sets)
+        evaluate(trainer)
     if args.do_train and is_main:
         plot_training_curves(args.output_dir, trainer.state.log_history)
         print(f"model and results: {args.output_dir}; tools/inference_llm.py samples from this model")

@@ -1,6 +1,7 @@
-"""LoRA: an adapter is trained and saved in place of the whole model. Everything that concerns PEFT is here.
+"""LoRA: an adapter is trained in place of the whole model. Everything that concerns PEFT is here.
 
-An adapter folder stands for a model wherever one is expected. It holds
+The adapter of a reward model is saved as it is: its folder stands for a model wherever a reward model is expected. The
+adapter of an LLM is merged at the end of a run, for other programs; only checkpoints are adapter folders. These hold
 
     adapter_model.safetensors   the LoRA matrices, the reward head, the embeddings of added tokens
     adapter_config.json         rank, modules and the name of the base model, as PEFT writes them
@@ -18,12 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from transformers import BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import find_adapter_config_file
 
 from apo.cli import InputError, first_few, read_json
+from apo.divergence import MIN_WEIGHTS_CHANGED, sample_weights
 from apo.resume import model_version
 from apo.run_state import check_weights
 
@@ -35,8 +39,8 @@ logger = logging.getLogger(__name__)
 HEADS = ("reward_head", "lm_head")  # without an adapter: the first is trained whole, the second not at all
 
 
-class RewardAdapter(PeftModel):
-    """A reward model of which only an adapter and the reward head are trained and saved."""
+class AdaptedModel(PeftModel):
+    """A model of which only an adapter, and a reward head, are trained and saved."""
 
     def save_pretrained(self, folder: str, *, is_main_process: bool = True, **options: Any) -> None:
         """Saves an adapter folder, without the tokenizer."""
@@ -87,7 +91,7 @@ def four_bits(dtype: torch.dtype) -> BitsAndBytesConfig:
 
 def adapt(
     model: PreTrainedModel, path: str, base: str, lora: Mapping[str, Any] | None, num_base_tokens: int
-) -> PreTrainedModel | RewardAdapter:
+) -> PreTrainedModel | AdaptedModel:
     """Puts an adapter on its base model: the one in `path`, or a new one if `path` is the base model.
 
     Args:
@@ -96,7 +100,7 @@ def adapt(
         num_base_tokens: rows of the embedding table before it grew; the adapter holds the rows beyond.
 
     Returns:
-        to train: a `RewardAdapter`; to use: the plain model with the adapter merged into its weights. Weights that
+        to train: a `AdaptedModel`; to use: the plain model with the adapter merged into its weights. Weights that
         are quantised, or sharded by ZeRO-3, cannot be merged into; there the adapter stays beside them.
 
     Raises:
@@ -109,7 +113,7 @@ def adapt(
             config = _new_config(model, base, lora, num_base_tokens) if is_new else _read_config(path, lora)
             if config.trainable_token_indices and is_deepspeed_zero3_enabled():
                 raise InputError(f"{path}: the tokenizer has added tokens; LoRA with these needs ZeRO-2, not ZeRO-3")
-            adapter = RewardAdapter(model, config)
+            adapter = AdaptedModel(model, config)
             if not is_new:
                 found = adapter.load_adapter(path, "default", is_trainable=lora is not None, torch_device="cpu")
                 if unfit := [*found.missing_keys, *found.unexpected_keys]:
@@ -128,10 +132,45 @@ def adapt(
     return adapter
 
 
+def refuse_adapter(path: str) -> None:
+    """Raises an InputError for an adapter where a whole LLM is expected."""
+    if file := find_adapter_config_file(path):
+        expected = "expected a whole LLM, as the end of a run writes it, or merge_and_unload of PEFT"
+        raise InputError(f"{file}: found a LoRA adapter, {expected}")
+
+
+def load_merged(folder: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads the base LLM of an adapter that was just saved, and merges the adapter into its weights, on the CPU.
+
+    Warns if rounding leaves most weights as they were.
+    """
+    base = read_json(Path(folder, CONFIG_NAME))["base_model_name_or_path"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of embeddings that were tied, and are not if they are trained
+        how = {"torch_device": "cpu", "low_cpu_mem_usage": True}  # draws no random number
+        adapter = PeftModel.from_pretrained(model, folder, **how)
+        weights = [module.get_base_layer().weight for module in adapter.modules() if isinstance(module, LoraLayer)]
+        before = sample_weights(weights)
+        merged = adapter.merge_and_unload()
+    changed = (before != sample_weights(weights)).double().mean().item()
+    if changed < MIN_WEIGHTS_CHANGED and dtype != torch.float32:
+        text = "%s: merging changed only %.1f %% of the adapted weights, the rest is lost in %s; give --dtype float32"
+        logger.warning(text, folder, 100 * changed, str(dtype)[6:])
+    return merged
+
+
+def merge(folder: str, dtype: torch.dtype) -> None:
+    """Puts the whole LLM in the place of an adapter that was just saved."""
+    load_merged(folder, dtype).save_pretrained(folder)
+    for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        Path(folder, name).unlink()
+
+
 def _new_config(model: PreTrainedModel, base: str, lora: Mapping[str, Any], num_base_tokens: int) -> LoraConfig:
     """The config of a new adapter; the version of its base model goes into the model's config."""
-    whole = {"reward_head", *lora["lora_modules_to_save"]}
     names = {part for name, _ in model.named_modules() for part in name.split(".")}
+    whole = {*({"reward_head"} & names), *lora["lora_modules_to_save"]}
     if unknown := whole - names:
         raise InputError(f"--lora_modules_to_save {' '.join(sorted(unknown))}: the model has no such modules")
     embedding = model.get_input_embeddings()
@@ -144,7 +183,7 @@ def _new_config(model: PreTrainedModel, base: str, lora: Mapping[str, Any], num_
         lora_dropout=lora["lora_dropout"],
         target_modules="all-linear" if targets == ["all-linear"] else targets or None,
         exclude_modules=list(HEADS),
-        modules_to_save=sorted(whole),
+        modules_to_save=sorted(whole) or None,
         trainable_token_indices=None if is_whole else [*range(num_base_tokens, embedding.num_embeddings)] or None,
         base_model_name_or_path=base,
     )

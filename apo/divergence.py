@@ -27,6 +27,12 @@ def refuse_non_finite(place: str, weights: dict[str, Tensor]) -> None:
         raise InputError(f"{place}: {len(bad)} of {len(weights)} weights are NaN or infinite ({first_few(bad)})")
 
 
+def sample_weights(weights: list[Tensor]) -> Tensor:
+    """Up to 1,000 values of each weight, all in one (n,), float32, on the CPU."""
+    flat = [weight.detach().flatten() for weight in weights]
+    return torch.cat([weight[:: math.ceil(len(weight) / 1000) or 1].float().cpu() for weight in flat])
+
+
 class GuardedTrainer(Trainer):
     """Ends all processes at the first loss or gradient that is not finite, and neither saves nor resumes such weights.
 
@@ -41,20 +47,15 @@ class GuardedTrainer(Trainer):
         """Trains; but for ZeRO-3 the metrics get `weights_changed`, the share of a sample of the weights."""
         if is_deepspeed_zero3_enabled():  # each process has a part of some weights
             return super().train(*args, **kwargs)
-        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
-        before = self._sample_weights(trained)
+        embedding = self.model.get_input_embeddings().weight  # of which a run sees few rows
+        trained = [w for w in self.model.parameters() if w.requires_grad and w is not embedding]
+        before = sample_weights(trained)
         output = super().train(*args, **kwargs)
-        changed = output.metrics["weights_changed"] = (before != self._sample_weights(trained)).double().mean().item()
+        changed = output.metrics["weights_changed"] = (before != sample_weights(trained)).double().mean().item()
         if changed < MIN_WEIGHTS_CHANGED:
             text = "only %.1f %% of the weights changed: steps of --learning_rate %g are lost in %s weights"
             logger.warning(text, 100 * changed, self.args.learning_rate, str(self.model.dtype)[6:])
         return output
-
-    def _sample_weights(self, trained: list[Tensor]) -> Tensor:
-        """Up to 1,000 values of each weight but the embedding, of which a run sees few rows."""
-        embedding = self.model.get_input_embeddings().weight
-        weights = [weight.detach().flatten() for weight in trained if weight is not embedding]
-        return torch.cat([weight[:: math.ceil(len(weight) / 1000) or 1].float().cpu() for weight in weights])
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Keeps the loss of a micro-batch until the end of the step."""

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 
 from apo.batches import batch_by_tokens
-from apo.cli import InputError, first_few
+from apo.cli import InputError, first_few, write_json
 from apo.divergence import GuardedTrainer
 from apo.launch import whole_models
 from apo.resumable import ResumableTrainer
+from apo.run_files import write_results
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,6 +55,7 @@ class RecordTrainer(GuardedTrainer, ResumableTrainer):
     def __init__(self, *args: Any, max_length: int, **kwargs: Any) -> None:
         """Takes what `transformers.Trainer` does, and the tokens of the longest possible sequence."""
         super().__init__(*args, **kwargs)
+        assert bool(self.args.deepspeed) == self.is_deepspeed_enabled, "the DeepSpeed config was dropped"
         self.max_length = max_length
         if self.args.metric_for_best_model:
             self._settle_best_metric()
@@ -75,7 +79,10 @@ class RecordTrainer(GuardedTrainer, ResumableTrainer):
         raise NotImplementedError
 
     def check_saved(self, folder: str, probed: list[float], tolerance: float) -> None:
-        """Raises an InputError if the model in a folder gives other numbers, by a share of the largest."""
+        """Raises an InputError if the model in a folder gives other numbers, by a share of the largest.
+
+        It draws no random number, which a resumed run would draw again.
+        """
         raise NotImplementedError
 
     # ---- saving
@@ -97,8 +104,7 @@ class RecordTrainer(GuardedTrainer, ResumableTrainer):
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             is_exact = self.model.dtype == torch.float32 and not (self.args.bf16 or self.args.fp16)
-            devices = [self.args.device] if self.args.device.type == "cuda" else []
-            with whole_models(self.args), torch.random.fork_rng(devices):  # loading sets the seed
+            with whole_models(self.args):
                 self.check_saved(output_dir or self.args.output_dir, probed, 1e-3 if is_exact else 0.1)
 
     # ---- evaluation
@@ -200,3 +206,24 @@ class RecordTrainer(GuardedTrainer, ResumableTrainer):
         if not math.isfinite(logs.get("grad_norm", 0.0)):
             del logs["grad_norm"]  # of a step that fp16 skips; JSON has no infinity
         super().log(logs, start_time)
+
+
+def evaluate_all(trainer: RecordTrainer, **remarks: str) -> dict[str, PredictionOutput]:
+    """Evaluates each set of a trainer under its own name, and writes the metrics, and remarks on all of them.
+
+    Returns:
+        {name: predictions, labels, and the metrics that are logged}.
+    """
+    trainer.remove_callback(PrinterCallback)  # a table says it in less
+    outputs = {}
+    for name, eval_set in trainer.eval_dataset.items():
+        output = trainer.predict(eval_set, metric_key_prefix=f"eval_{name}")
+        logs = dict(output.metrics)
+        trainer.log(logs)
+        outputs[name] = output._replace(metrics={key: logs[key] for key in output.metrics if key in logs})
+    if trainer.is_world_process_zero():
+        results = {name: output.metrics for name, output in outputs.items()}
+        write_json(Path(trainer.args.output_dir, "final_eval_results.json"), results)
+        flat = {key: value for metrics in results.values() for key, value in metrics.items()}
+        write_results(trainer.args.output_dir, "eval", remarks | flat)
+    return outputs

@@ -7,16 +7,15 @@ once. Every stage is a command line of this project, see `apo.stages.Stage`.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import shlex
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from apo.cli import InputError, describe, read_config
+from apo.cli import InputError, describe, read_config, suggest
 from apo.prompts import TEMPLATES
 from apo.stages import Stage, working_folder
 
@@ -180,12 +179,6 @@ def check_words(name: str, words: Any) -> None:
         shlex.split(words)
     except ValueError as error:
         raise InputError(f"{name}: found {describe(words)} ({error}), expected words as in a shell") from error
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """Returns "did you mean ...?" with the closest known word; an empty string if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f"did you mean {close[0]}?" if close else ""
 
 
 # ------------------------------------------------------------------------------------------------ plan

@@ -96,6 +96,19 @@ def whole_models(args: TrainingArguments) -> Iterator[None]:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
 
 
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Draws from a seed, such as new weights; afterwards torch draws as if nothing had been drawn."""
+    import torch
+
+    cuda = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(cuda):
+        torch.default_generator.manual_seed(seed)
+        for _ in cuda:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
 def remove_stale_build_locks() -> None:
     """Deletes the locks that killed builds of PyTorch extensions left: every later run would wait for them forever.
 

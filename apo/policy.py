@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from apo.adapters import AdaptedModel, merge
 from apo.evaluation import Arrays, Fractions, RecordTrainer, Tensors
+from apo.launch import whole_models
 from apo.policy_model import check_saved_policy, probe_logprobs
 
 if TYPE_CHECKING:
@@ -211,6 +213,14 @@ class PolicyTrainer(RecordTrainer):
         has_pairs = any(len(set(scores)) > 1 for scores in dataset["scores"][:])
         scores = torch.tensor([[float(has_pairs), 0.0]])
         return list(alignment_metrics(scores, torch.ones_like(scores), scores))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Saves the model; an adapter as such in checkpoints, and merged in the output folder, for other programs."""
+        super()._save(output_dir, state_dict)
+        is_last = output_dir == self.args.output_dir
+        if is_last and isinstance(self.model, AdaptedModel) and self.args.should_save:
+            with whole_models(self.args):
+                merge(output_dir, self.model.dtype)
 
     def probe(self) -> list[float]:
         """Log-probabilities of `apo.policy_model.PROBE`."""

@@ -6,6 +6,7 @@ Dimension key: see `models.py`; M response tokens of a batch, all of them one af
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import find_adapter_config_file
 
+from apo.adapters import AdaptedModel, adapt, load_merged, refuse_adapter
 from apo.cli import InputError, first_few
 from apo.divergence import refuse_non_finite
+from apo.launch import seeded
 from apo.run_state import check_weights
 from apo.tree import TREE_ATTENTIONS, batching_of, build_token_tree, prepare_attention
 
@@ -146,7 +150,15 @@ def token_tensors(sequences: list[list[int]], prompt_lengths: list[int], batchin
 # ------------------------------------------------------------------------------------------------ loading
 
 
-def load_policy(path: str, config: PreTrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+def load_policy(
+    path: str,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    lora: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> PreTrainedModel | AdaptedModel:
     """Loads a causal LM with the forward pass of a policy, and compares that with the one of transformers.
 
     Args:
@@ -154,11 +166,14 @@ def load_policy(path: str, config: PreTrainedConfig, *, dtype: torch.dtype, atte
         config: of `models.load_config`.
         dtype: of the weights.
         attention: of `apo.tree.choose_attention`.
+        lora: flags of a new adapter to train, see `apo.adapters.adapt`; None without one.
+        seed: of the adapter.
 
     Raises:
-        InputError: weights that cannot be read, are incomplete or not finite, such as a reward model; or a model whose
-            log-probabilities this project does not compute as transformers does.
+        InputError: weights that cannot be read, are incomplete or not finite, such as a reward model; an adapter; or a
+            model whose log-probabilities this project does not compute as transformers does.
     """
+    refuse_adapter(path)
     check_weights(path)
     cls = policy_class(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)])
     try:
@@ -174,7 +189,10 @@ def load_policy(path: str, config: PreTrainedConfig, *, dtype: torch.dtype, atte
     refuse_non_finite(path, dict(model.named_parameters()))
     if not is_deepspeed_zero3_enabled():  # a process holds a part of the weights
         _check_forward(path, model.eval(), attention)
-    return model
+    if lora is None:
+        return model
+    with seeded(seed):
+        return adapt(model, path, path, lora, num_base_tokens=model.get_input_embeddings().num_embeddings)
 
 
 def _check_forward(path: str, model: PreTrainedModel, attention: str) -> None:
@@ -218,7 +236,7 @@ def plain_probe_logprobs(model: PreTrainedModel) -> Tensor:
 
 
 def check_saved_policy(folder: str, logprobs: Tensor, dtype: torch.dtype, tolerance: float) -> None:
-    """Reloads a model that was just saved, as anyone does, and compares its log-probabilities of `PROBE`.
+    """Reloads a model or an adapter that was just saved, and compares its log-probabilities of `PROBE`.
 
     Args:
         logprobs: those of the model in memory, (M,).
@@ -228,7 +246,8 @@ def check_saved_policy(folder: str, logprobs: Tensor, dtype: torch.dtype, tolera
     Raises:
         InputError: what was written is another model, or none.
     """
-    saved = plain_probe_logprobs(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
+    load = load_merged if find_adapter_config_file(folder) else AutoModelForCausalLM.from_pretrained
+    saved = plain_probe_logprobs(load(folder, dtype=dtype).eval())
     if not close_logprobs(saved, logprobs, tolerance):
         raise InputError(
             f"{folder}: the saved model gives other log-probabilities than the one in memory (up to "

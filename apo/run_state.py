@@ -25,11 +25,12 @@ logger = logging.getLogger(__name__)
 STATE, CONTENTS = "run_state.json", "contents.json"
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 # How the flags begin on which no weight depends: what is logged, evaluated, saved, and how data reach the device.
+# LoRA's are recorded as one.
 NO_WEIGHT_DEPENDS_ON = (
     *("output_dir", "log", "disable_tqdm", "report_to", "run_name", "project", "trackio", "eval", "per_device_eval"),
     *("include_", "save_", "do_", "resume_", "local_rank", "rm_calibration", "calibration_bins", "skip_memory"),
     *("dataloader_num_workers", "dataloader_p", "dataloader_multi", "ddp_timeout", "torch_empty_cache", "use_cpu"),
-    "allow_changes",
+    *("allow_changes", "use_peft", "lora_"),
 )
 
 
@@ -42,7 +43,7 @@ def weights_depend_on(
         arguments: all resolved training arguments.
         data_paths: the training files, in order.
         eval_paths: the evaluation files; they count where the best checkpoint is loaded at the end.
-        more: other things, such as the version of the base model.
+        more: other things, such as the version of the base model, and the flags of LoRA.
     """
     flags = {name: value for name, value in arguments.items() if not name.startswith(NO_WEIGHT_DEPENDS_ON)}
     flags["train_data"] = [sha256_of_file(path) for path in data_paths]
@@ -137,13 +138,6 @@ def choose_start(
     return None
 
 
-def refuse_results_of_another(output_dir: str | Path, model_path: str) -> None:
-    """Raises an InputError for an evaluation into the folder of a training run whose model is another one."""
-    folder, model = Path(output_dir).resolve(), Path(model_path).resolve()
-    if (folder / STATE).is_file() and folder not in (model, *model.parents):
-        raise InputError(f"{output_dir} holds a training run; evaluate {model_path} into another --output_dir")
-
-
 def is_finished(output_dir: str | Path, depends_on: Mapping[str, Any], eval_data: list[str]) -> bool:
     """Whether a run with the same data and flags has finished there, and its model is whole.
 
@@ -203,7 +197,7 @@ def exclusive(output_dir: str | Path) -> Iterator[None]:
 def start_training(
     args: TrainingArguments, depends_on: dict[str, Any], eval_paths: list[str], stack: contextlib.ExitStack
 ) -> bool:
-    """Locks the output folder and settles where training starts; returns False if it has finished before.
+    """Locks the output folder and settles where training starts; says so and returns False if it has finished before.
 
     All processes get the same decision, that of the main one.
     """
@@ -217,9 +211,20 @@ def start_training(
         if not has_finished:
             start = choose_start(args.output_dir, args.resume_from_checkpoint, depends_on, args.allow_changes)
             stack.enter_context(recorded_run(args.output_dir, depends_on, eval_data))
+        else:
+            print(f"{args.output_dir}: this run has finished before; nothing is left to do")
     has_finished, args.resume_from_checkpoint = broadcast_object_list([has_finished, start])
     args.eval_on_start &= args.resume_from_checkpoint is None
     return not has_finished
+
+
+def start_evaluation(args: TrainingArguments, model_path: str, stack: contextlib.ExitStack) -> None:
+    """Locks the output folder for the results of a model; raises an InputError for the folder of another one."""
+    folder, model = Path(args.output_dir).resolve(), Path(model_path).resolve()
+    if (folder / STATE).is_file() and folder not in (model, *model.parents):
+        raise InputError(f"{args.output_dir} holds a training run; evaluate {model_path} into another --output_dir")
+    if args.process_index == 0:
+        stack.enter_context(exclusive(args.output_dir))
 
 
 @contextlib.contextmanager

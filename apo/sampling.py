@@ -26,6 +26,7 @@ from transformers.generation import logits_process
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from apo.adapters import refuse_adapter
 from apo.cli import InputError
 from apo.generation import BrokenOff, Decoding, derive_seed
 from apo.launch import count_processes, process_rank
@@ -61,8 +62,9 @@ def load_llm(path: str, dtype: str, tokenizer: PreTrainedTokenizerBase) -> PreTr
     """Loads the LLM onto the device of this process; of its `generation_config.json` only the end tokens are used.
 
     Raises:
-        InputError: weights that cannot be read, or that are incomplete, such as those of a reward model.
+        InputError: weights that cannot be read, or that are incomplete, such as those of a reward model; an adapter.
     """
+    refuse_adapter(path)
     try:
         options = {"output_loading_info": True, "trust_remote_code": False}
         model, info = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)

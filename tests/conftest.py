@@ -35,7 +35,7 @@ import pytest
 import torch
 from completion_server import CompletionServer, running
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train
 from apo.tokenizer import RewardTokenizer, load_reward_tokenizer
@@ -130,7 +130,6 @@ def load_model(
     settings = resolve(config, **flags)
     tokenizer = load_reward_tokenizer(str(path), config, settings.tokenizer_backend)
     settings.sep_token_id = tokenizer.sep_token_id
-    set_seed(seed)
     loading = {"seed": seed, "with_lm_head": with_lm_head, "attention": attention, "lora": lora}
     model = load_reward_model(str(path), config, tokenizer, settings, **loading)
     return model.eval(), tokenizer

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import random
 import shutil
 from pathlib import Path
 
@@ -186,6 +187,14 @@ def test_existing_head_is_never_initialised_again(caplog):
             assert torch.equal(load_model(seed=seed)[0].reward_head.weight, expected)
     assert caplog.text.count(f"reward head: loaded from {CHECKPOINT}") == 2
     assert "initialised" not in caplog.text
+
+
+def test_loading_leaves_the_random_numbers_of_its_caller(base_llama):
+    """Whether a head is drawn or not."""
+    for load in (lambda: RewardModel.from_pretrained(CHECKPOINT), lambda: load_model(base_llama)):
+        torch_state, state = torch.get_rng_state(), random.getstate()
+        load()
+        assert torch.equal(torch.get_rng_state(), torch_state) and random.getstate() == state
 
 
 def test_new_head_is_reproduced_by_its_seed(base_llama, caplog):

@@ -14,9 +14,12 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO_ROOT, check_refusal, free_port, log_history, read_json, wait_until
+from model_server import ModelServer
 from tiny_game import SECTIONS, TRAIN_RM, play, settings, write_game
 
 from apo.cli import sha256_of_file
+from apo.generation import derive_seed
+from apo.processes import served_models
 from apo.stages import DONE
 
 GAMES = sorted((REPO_ROOT / "configs").glob("game_*.yaml"))
@@ -171,19 +174,32 @@ def test_flags_win_over_the_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_server_responds_with_the_model_of_the_round(base_llama, tmp_path):
-    """A real server with the LLM behind it, started and ended by the game."""
+def test_server_responds_with_the_llm_of_each_round(base_llama, tmp_path):
+    """A real server with the LLM behind it, started and ended by the game: LLM 0, and LLM 1, aligned with LoRA."""
     port = free_port()
-    command = f"python tests/model_server.py {{model}} {port}"
-    server = {"command": command, "base_url": f"http://127.0.0.1:{port}/v1"}
-    config = write_game(tmp_path, base_llama, server=server, sample_test={"max_new_tokens": 8, "max_retries": 0})
+    server = {"command": f"python tests/model_server.py {{model}} {port}", "base_url": f"http://127.0.0.1:{port}/v1"}
+    align = SECTIONS["align"] | {"use_peft": True, "lora_target_modules": "all-linear", "lora_alpha": 1000}
+    config = write_game(tmp_path, base_llama, server=server, align=align, apo=False)
     environment = os.environ | {"PYTHONPATH": str(REPO_ROOT)}
-    words = [sys.executable, "play.py", "--config", str(config), "--until", "0/sample_test"]
+    words = [sys.executable, "play.py", "--config", str(config), "--until", "2/sample_eval"]
     subprocess.run(words, cwd=REPO_ROOT, env=environment, check=True, capture_output=True)
-    folder = tmp_path / "game" / "round_0" / "sample_test"
-    [result] = folder.glob("*_results.json")
-    assert [record["sample_0"] for record in read_json(result)]
-    assert read_json(folder / "llm_0_testing_sample_test_results.settings.json")["engine"] == "openai"
+    game = tmp_path / "game"
+    llms = [ModelServer(str(folder), 0, "") for folder in (base_llama, game / "round_1" / "align")]
+    logs = sorted(str(path.relative_to(game).parents[1]) for path in game.glob("round_*/*/logs/server_1.log"))
+    asked = {"round_0/sample_test": 0, "round_1/sample_eval": 0, "round_1/sample_llm": 0}
+    asked |= {"round_1/sample_test": 1, "round_2/sample_eval": 1}
+    assert logs == sorted(asked)
+    for stage, number in asked.items():
+        [result] = (game / stage).glob(f"llm_{number}_*_results.json")
+        settings = read_json(result.with_suffix(".settings.json"))
+        assert settings["engine"] == "openai"
+        request = {"temperature": settings["temperature"], "max_tokens": settings["max_new_tokens"]}
+        for record in read_json(result):
+            seed = derive_seed(settings["seed"], record["query_id"], 0)
+            texts = [llm.complete({**request, "prompt": record["query"], "seed": seed}) for llm in llms]
+            found, expected, other = (text.split() for text in (record["sample_0"], texts[number], texts[1 - number]))
+            assert found == expected != other
+    assert served_models(server["base_url"]) is None
 
 
 # ------------------------------------------------------------------------------------------------ kills

@@ -11,21 +11,25 @@ from conftest import (
     ON_CPU,
     REPO_ROOT,
     check_refusal,
+    command_line,
     log_history,
     read_json,
     run_main,
+    run_tool,
     run_train,
     training_losses,
     write_records,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import train_llm
+from apo.cli import InputError
 from apo.resumable import ResumableTrainer
 from apo.sampling import load_llm, load_tokenizer
 
 METHODS = ("rjs", "dpo", "rrhf")
+LORA = {"use_peft": True, "lora_target_modules": "all-linear", "learning_rate": 1e-2}
 WORDS = ["dry", "herbs", "wash", "wool", "slowly", "in", "small", "bunches", "away", "from", "the", "sun", "never"]
 
 
@@ -213,14 +217,95 @@ def test_first_loss_in_bfloat16_is_that_of_equal_models(flags, tmp_path):
         assert training_losses(tmp_path / name) == [pytest.approx(math.log(2), abs=3e-3)]
 
 
+# ------------------------------------------------------------------------------------------------ LoRA
+
+
+def test_end_of_a_run_with_lora_is_the_whole_model_and_a_checkpoint_the_adapter(flags, llm):
+    """Only the adapted weights move, from the model the run starts from, which is the reference."""
+    align(**flags | LORA | {"save_strategy": "steps", "save_steps": 4})
+    folder = flags["output_dir"]
+    assert training_losses(folder)[0] == pytest.approx(math.log(2), abs=1e-6) and training_losses(folder)[-1] < 0.6
+    before, after = weights_of(llm), weights_of(folder)
+    assert before.keys() == after.keys()
+    moved = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in after if name.endswith("_proj.weight")} and len(moved) == 2 * 7
+    assert type(AutoModelForCausalLM.from_pretrained(folder)) is LlamaForCausalLM
+    assert not list(folder.glob("adapter*")) and "base_model_version" not in read_json(folder / "config.json")
+    names = {path.name for path in (folder / "checkpoint-4").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "config.json"} <= names
+    assert "model.safetensors" not in names
+
+
+@pytest.mark.parametrize("align_type", [*METHODS, "sft"])
+def test_batching_and_gradient_checkpointing_change_nothing_with_lora(flags, data, align_type, tmp_path):
+    run = flags | LORA | {"align_type": align_type, "max_steps": 4}
+    run |= {"train_data_path": data["golden"]} if align_type == "sft" else {}
+    ways = {"out": {}, "padded": {"batching": "padded"}, "checkpointing": {"gradient_checkpointing": True}}
+    for name, more in ways.items():
+        align(**run | more | {"output_dir": tmp_path / name})
+        assert training_losses(tmp_path / name) == pytest.approx(training_losses(tmp_path / "out"), rel=1e-5)
+        assert_same_weights(tmp_path / name, tmp_path / "out", 1e-4)
+    assert len(set(training_losses(tmp_path / "out"))) == 4
+
+
+@pytest.mark.slow
+def test_next_step_starts_from_the_merged_model(flags, data, tmp_path):
+    """Align, sample, align again: the second reference is what the first step has written."""
+    align(**flags | LORA | {"max_steps": 3})
+    words = {"data_path": data["golden"], "output_dir": tmp_path, "task_type": "sampling", "max_new_tokens": 8}
+    run_tool("inference_llm.py", *command_line(model_name_or_path=tmp_path / "out", **words))
+    samples = read_json(tmp_path / "out_sampling_golden_results.json")
+    scored = [
+        {"text": [f"{row['query']}<sep>{row[f'sample_{i}']}" for i in range(4)], "scores": [3.0, 2.0, 1.0, 0.0]}
+        for row in samples
+    ]
+    second = {"model_name_or_path": tmp_path / "out", "output_dir": tmp_path / "second", "max_steps": 3}
+    second |= {"train_data_path": write_records(tmp_path / "scored.json", scored)}
+    align(**flags | LORA | second)
+    assert training_losses(tmp_path / "second")[0] == pytest.approx(math.log(2), abs=1e-6)
+    first, second = (weights_of(tmp_path / name) for name in ("out", "second"))
+    assert sum(not torch.equal(weight, first[name]) for name, weight in second.items()) == 2 * 7
+
+
+def test_embeddings_that_are_trained_whole_are_no_longer_tied(flags, llm, tmp_path):
+    config = AutoConfig.from_pretrained(llm, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(llm).save_pretrained(tmp_path / "tied")
+    align(**flags | LORA | {"model_name_or_path": tmp_path / "tied", "lora_modules_to_save": "embed_tokens"})
+    before, after = weights_of(tmp_path / "tied"), weights_of(tmp_path / "out")
+    assert "lm_head.weight" not in before
+    assert torch.equal(after["lm_head.weight"], before["model.embed_tokens.weight"])
+    assert not torch.equal(after["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_adapter_that_bfloat16_would_round_away_is_a_warning(flags, caplog):
+    align(**flags | LORA | {"learning_rate": 1e-5, "max_steps": 2}, dtype="bfloat16")
+    assert "% of the adapted weights, the rest is lost in bfloat16; give --dtype float32" in caplog.text
+
+
+def test_adapter_folder_is_no_llm(flags, tmp_path, capsys):
+    align(**flags | LORA | {"save_strategy": "steps", "save_steps": 2, "max_steps": 2})
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    with pytest.raises(InputError, match=r"adapter_config.json: found a LoRA adapter, expected a whole LLM"):
+        load_llm(str(checkpoint), "auto", load_tokenizer(str(checkpoint), "plain"))
+    with pytest.raises(SystemExit) as exit_:
+        align(**flags | {"model_name_or_path": checkpoint, "output_dir": tmp_path / "second"})
+    assert "found a LoRA adapter" in check_refusal(exit_.value.code, capsys.readouterr().err)
+
+
 # ------------------------------------------------------------------------------------------------ interruptions
 
 
-@pytest.mark.parametrize(("align_type", "step"), [("dpo", 3), ("rrhf", 4), ("rjs", 8)])
-def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(flags, data, tmp_path, monkeypatch, align_type, step):
+@pytest.mark.parametrize(
+    ("align_type", "step", "more"), [("dpo", 3, {}), ("rrhf", 4, {}), ("rjs", 8, {}), ("dpo", 3, LORA)]
+)
+def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
+    flags, data, tmp_path, monkeypatch, align_type, step, more
+):
     """Weights, log and results, bit by bit: within an epoch, at its end, at the end of the run."""
-    run = flags | {"align_type": align_type, "eval_data_path": data["eval"], "eval_strategy": "epoch"}
+    run = flags | {"align_type": align_type, "eval_data_path": data["eval"], "eval_strategy": "epoch"} | more
     run |= {"save_strategy": "epoch", "logging_steps": 3, "resume_from_checkpoint": True}
+    run |= {"lora_dropout": 0.1} if more else {}
     align(**run | {"output_dir": tmp_path / "whole"})
     on_step_end = ResumableTrainer.on_step_end
 
@@ -247,6 +332,7 @@ def test_finished_run_does_nothing_and_other_flags_are_refused(flags, capsys, re
     assert "this run has finished before" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == weights
     assert "a finished run with beta 0.1, now 0.2" in refused(**flags, max_steps=1, beta=0.2)
+    assert "lora None, now {'lora_r': 4" in refused(**flags, max_steps=1, use_peft=True, lora_r=4)
 
 
 # ------------------------------------------------------------------------------------------------ processes
@@ -254,12 +340,16 @@ def test_finished_run_does_nothing_and_other_flags_are_refused(flags, capsys, re
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("align_type", "deepspeed"),
-    [("rjs", None), ("dpo", "zero2.json"), ("rrhf", "zero2.json"), ("dpo", "zero3_offload_hf_schedule.json")],
+    ("align_type", "deepspeed", "more"),
+    [
+        *(("rjs", None, {}), ("dpo", "zero2.json", {}), ("rrhf", "zero2.json", {})),
+        *(("dpo", "zero3_offload_hf_schedule.json", {}), ("dpo", "zero2.json", LORA)),
+        ("rrhf", "zero3_offload_hf_schedule.json", LORA),
+    ],
 )
-def test_two_processes_train_as_one_does(flags, data, tmp_path, align_type, deepspeed):
+def test_two_processes_train_as_one_does(flags, data, tmp_path, align_type, deepspeed, more):
     """1 process x 4 accumulated records = 2 processes x 2; with ZeRO-2 and ZeRO-3 too."""
-    run = flags | {"align_type": align_type, "eval_data_path": data["eval"], "max_steps": 3}
+    run = flags | {"align_type": align_type, "eval_data_path": data["eval"], "max_steps": 3} | more
     run |= {"per_device_train_batch_size": 1, "warmup_steps": 1, "script": "train_llm.py"} | ON_CPU
     run_train(**run, gradient_accumulation_steps=4)
     more = {"num_processes": 2, "gradient_accumulation_steps": 2, "output_dir": tmp_path / "two"}

@@ -147,7 +147,7 @@ def write_model(
     dtype: torch.dtype | None,
     output_dir: Path,
 ) -> None:
-    """Writes config and weights, in the type of the checkpoint, but the reward head, `score.weight`, in its own."""
+    """Writes config and weights, in `dtype`, None: as they are, but the reward head, `score.weight`, in its own."""
     import torch
 
     config = model.config
@@ -248,6 +248,7 @@ def main() -> None:
     args = parse_args()
 
     import torch
+    from transformers.utils import find_adapter_config_file
 
     from apo.fast_tokenizer import make_fast_tokenizer, save_fast_tokenizer
     from apo.tokenizer import load_reward_tokenizer
@@ -273,7 +274,8 @@ def main() -> None:
     with complete_folder(args.output_dir) as folder:
         model = RewardModel.from_pretrained(path)
         expected = torch.tensor(model.score(prompts, responses, BATCH_SIZE))
-        write_model(model, model_class, fast_tokenizer.pad_token_id, config.dtype, folder)
+        dtype = None if find_adapter_config_file(path) else config.dtype  # a merged weight has no room in bfloat16
+        write_model(model, model_class, fast_tokenizer.pad_token_id, dtype, folder)
         write_card(path, model.settings, fast_tokenizer, folder)
         del model  # room for the other one
         save_fast_tokenizer(fast_tokenizer, folder)

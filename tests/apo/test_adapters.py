@@ -263,8 +263,8 @@ def test_flag_of_lora_that_cannot_hold_is_one_line(adapter, tmp_path, error_of, 
     command = ["--model_name_or_path", "x", "--eval_data_path", "x", "--use_cpu", "true", "--lora_alpha", "3"]
     build_arguments(parse_flags(command))
     assert "--lora_alpha has no effect without --use_peft true" in caplog.text
-    model_args = build_arguments(parse_flags([*command, "--use_peft", "true"]))[0]
-    assert "--use_peft has no effect without --do_train true" in caplog.text and model_args.lora is None
+    args = build_arguments(parse_flags([*command, "--use_peft", "true"]))[2]
+    assert "--use_peft has no effect without --do_train true" in caplog.text and args.lora is None
 
 
 @pytest.mark.skipif(is_bitsandbytes_available(), reason="the package is here")

@@ -118,6 +118,28 @@ def test_model_is_saved_as_a_plain_causal_lm(tmp_path):
         check_saved_policy(tmp_path / "saved", probe_logprobs(model), torch.float32, tolerance=1e-3)
 
 
+def test_adapter_starts_as_its_base_and_has_the_gradient_of_the_chain_rule(tmp_path):
+    """With B = 0 and W + alpha / r * B A in place of W, the gradient of B is alpha / r * G A^T, G that of W."""
+    save_model(tmp_path, "llama")
+    base, items = load(tmp_path), random_items(num_responses=3)
+    names = ("lora_r", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "lora_dropout")
+    lora = dict(zip(names, (4, 12, ["v_proj", "down_proj"], [], 0.0), strict=True))
+    config = AutoConfig.from_pretrained(tmp_path)
+    loading = {"dtype": torch.float32, "attention": "tree_branches", "lora": lora}
+    model, again, other = (load_policy(str(tmp_path), config, **loading, seed=seed) for seed in (1, 1, 2))
+    weights = [next(w for n, w in m.named_parameters() if "lora_A" in n) for m in (model, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    logps, expected = logps_of(model, items)[0], logps_of(base, items)[0]
+    torch.testing.assert_close(logps, expected, atol=1e-6, rtol=1e-6)
+    logps.sum().backward()
+    gradients = gradients_of(expected.sum(), base)
+    adapted = {name: layer for name, layer in model.get_base_model().named_modules() if hasattr(layer, "lora_B")}
+    assert len(adapted) == 2 * 2
+    for name, layer in adapted.items():
+        by_chain_rule = 3 * gradients[f"{name}.weight"] @ layer.lora_A.default.weight.T
+        torch.testing.assert_close(layer.lora_B.default.weight.grad, by_chain_rule, atol=1e-5, rtol=1e-4)
+
+
 def test_logits_that_are_changed_after_the_head_in_an_unknown_way_are_refused(tmp_path, monkeypatch):
     """As they would be in a model that this project does not know."""
     save_model(tmp_path, "granite")

@@ -20,6 +20,7 @@ from conftest import (
     read_json,
     run_main,
     run_tool,
+    training,
 )
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -424,6 +425,17 @@ def test_weights_keep_their_type(tmp_path, base):
     weights = load_file(exported.folder / "model.safetensors")
     assert weights.pop("score.weight").dtype == torch.float32
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert_exact(exported.rewards_of_texts(exported.texts(SHORT)), exported.expected(SHORT))
+
+
+def test_adapter_on_a_bfloat16_base_is_merged_in_float32(tmp_path):
+    """As `RewardModel.from_pretrained` merges it; in bfloat16 the rewards would be others."""
+    lora = {"use_peft": True, "lora_target_modules": "all-linear", "dtype": "bfloat16", "learning_rate": 1e-2}
+    settings = {"pooling_type": "last", "add_sep_token": True, "max_length": MAX_LENGTH, "max_steps": 2}
+    run_main(**ON_CPU, **training(tmp_path, **lora, **settings))
+    exported = Exported(tmp_path / "out", tmp_path / "exported")
+    weights = load_file(exported.folder / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
     assert_exact(exported.rewards_of_texts(exported.texts(SHORT)), exported.expected(SHORT))
 
 
