@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from apo.cli import InputError, describe, read_config, suggest
+from apo.processes import job
 from apo.prompts import TEMPLATES
 from apo.stages import Stage, working_folder
 
@@ -362,10 +363,9 @@ def shell_script(game: Game, stages: list[Stage]) -> str:
     lines = ["#!/usr/bin/env bash", *(f"# {line}" for line in describe_game(game).splitlines()), "set -euo pipefail"]
     lines += [f"cd {shlex.quote(os.getcwd())}"]
     for stage in stages:
-        lines += ["", f"# {stage.label}", f"mkdir -p {shlex.quote(str(stage.working))}"]
-        words = shlex.join(stage.command)
-        if stage.slurm is not None:
-            words = f"sbatch --wait {stage.slurm} --wrap {shlex.quote(words)}"
+        logs = stage.working / "logs"
+        lines += ["", f"# {stage.label}", f"mkdir -p {shlex.quote(str(logs))}"]
+        words = shlex.join(stage.command if stage.slurm is None else job(stage, logs / "attempt_1.log"))
         if stage.with_server:
             models = shlex.quote(f"{game.server['base_url']}/models")
             lines += [f"{shlex.join(server_command(game, stage.flags['model_name_or_path'][0]))} & server=$!"]

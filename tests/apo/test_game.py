@@ -10,6 +10,7 @@ from tiny_game import make_game, settings
 
 from apo.cli import InputError
 from apo.game import Game, describe_game, plan_game, read_game, shell_script
+from apo.processes import job
 from apo.stages import Stage
 
 ROUND = ["sample_rm", "pair", "train_rm", "sample_eval", "pair_eval", "evaluate_rm", "sample_llm", "score", "select"]
@@ -222,7 +223,7 @@ def test_script_runs_every_command_and_renames_its_folder(tmp_path):
     subprocess.run(["bash", script], check=True, env={"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}, cwd="/")
     lines = (tmp_path / "words").read_text(encoding="utf-8").splitlines()
     expected = [
-        f"sbatch --wait --gpus 8 --wrap {shlex.join(stage.command)}" if stage.slurm else " ".join(stage.command)
+        " ".join(job(stage, stage.working / "logs" / "attempt_1.log") if stage.slurm else stage.command)
         for stage in stages
     ]
     assert [line.strip() for line in lines] == expected
