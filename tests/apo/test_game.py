@@ -87,6 +87,12 @@ def test_who_starts_from_whom_otherwise(tmp_path):
     assert "LLM k: from LLM 0" in describe_game(game)
 
 
+def test_beta_is_a_flag_of_dpo_only(tmp_path):
+    align = {"align": {"beta": 3.0}}
+    assert by_label(make_game(tmp_path, **align))["1/align"].flags["beta"] == ["3.0"]
+    assert "beta" not in by_label(make_game(tmp_path, align_type="rjs", **align))["1/align"].flags
+
+
 def test_control_plays_with_the_base_rm(tmp_path):
     """The same flags on human pairs only; one RM for all rounds, unless each starts from the last one."""
     game = make_game(tmp_path, apo=False)
