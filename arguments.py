@@ -292,6 +292,7 @@ def build_arguments(flags: argparse.Namespace) -> tuple[ModelArguments, DataArgu
     model_args, data_args, args = build_groups(flags, GROUPS)
     _check_task(data_args, args)
     check_dtype(model_args.dtype, args)
+    check_adapter_place(model_args.model_name_or_path, args)
     return model_args, data_args, args
 
 
@@ -299,6 +300,14 @@ def check_dtype(dtype: str, args: CommonTrainingArguments) -> None:
     """Refuses to train float16 weights."""
     if args.do_train and dtype == "float16" and not args.deepspeed:
         raise InputError("--dtype float16: such weights overflow in training; give --fp16 true, or bfloat16")
+
+
+def check_adapter_place(model_path: str, args: CommonTrainingArguments) -> None:
+    """Refuses to save a new adapter, which needs its base model, into the folder of that."""
+    is_adapter = os.path.isfile(os.path.join(model_path, "adapter_config.json"))
+    if args.use_peft and not is_adapter and os.path.realpath(args.output_dir) == os.path.realpath(model_path):
+        found = "found the base model of the adapter"
+        raise InputError(f"--output_dir {args.output_dir}: {found}, expected another folder")
 
 
 def _unknown_flag(flag: str, known: list[str]) -> str:

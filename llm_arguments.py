@@ -11,7 +11,7 @@ from transformers.hf_argparser import HfArg
 
 from apo.cli import InputError
 from apo.flags import check_flags
-from arguments import CommonTrainingArguments, build_groups, check_dtype, check_paths, parse_flags
+from arguments import CommonTrainingArguments, build_groups, check_adapter_place, check_dtype, check_paths, parse_flags
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,7 @@ def build_llm_arguments(
     llm_args, data_args, args = build_groups(flags, GROUPS)
     check_paths(data_args, args)
     check_dtype(llm_args.dtype, args)
+    check_adapter_place(llm_args.model_name_or_path, args)
     if llm_args.reference_model == llm_args.model_name_or_path and not args.do_train:
         raise InputError(
             "--align_type dpo without --do_train compares a model with its reference, here itself; give as "

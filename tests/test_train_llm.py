@@ -333,6 +333,8 @@ def test_finished_run_does_nothing_and_other_flags_are_refused(flags, capsys, re
     assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == weights
     assert "a finished run with beta 0.1, now 0.2" in refused(**flags, max_steps=1, beta=0.2)
     assert "lora None, now {'lora_r': 4" in refused(**flags, max_steps=1, use_peft=True, lora_r=4)
+    over_its_base = flags | LORA | {"output_dir": flags["model_name_or_path"]}
+    assert "found the base model of the adapter" in refused(**over_its_base)
 
 
 # ------------------------------------------------------------------------------------------------ processes

@@ -260,6 +260,8 @@ def test_flag_of_lora_that_cannot_hold_is_one_line(adapter, tmp_path, error_of, 
     error = error_of(**run | {"lora_target_modules": None, "lora_r": 8, "model_name_or_path": adapter})
     assert f"--lora_r: the adapter in {adapter} keeps its own; leave the flag out" in error
     assert "--lora_r 0: expected 1 or more" in error_of(**run | {"lora_r": 0})
+    error = error_of(**run | {"output_dir": tmp_path / "base", "model_name_or_path": tmp_path / "base"})
+    assert "base: found the base model of the adapter, expected another folder" in error
     command = ["--model_name_or_path", "x", "--eval_data_path", "x", "--use_cpu", "true", "--lora_alpha", "3"]
     build_arguments(parse_flags(command))
     assert "--lora_alpha has no effect without --use_peft true" in caplog.text
