@@ -81,15 +81,20 @@ def group_games(games: list[Results]) -> Groups:
 
 def over_games(measure: Measure, group: list[Results], round_: int) -> Values:
     """Returns the value of each prompt, averaged over the games of a group."""
-    values = [measure(results, round_) for results in group]
-    return {query_id: float(np.mean([own[query_id] for own in values])) for query_id in values[0]}
+    return average_prompts([measure(results, round_) for results in group])
+
+
+def average_prompts(games: list[Values]) -> Values:
+    """Returns the mean value of each prompt that all games have; with --skip_refused one may lack some."""
+    shared = [query_id for query_id in games[0] if all(query_id in values for values in games)]
+    return {query_id: float(np.mean([values[query_id] for values in games])) for query_id in shared}
 
 
 def in_words(values: Values, form: str) -> str:
-    """Returns "55.2 (51.2 to 59.1)"."""
+    """Returns "55.2 (51.2 to 59.1)"; of one prompt the value alone."""
     figure = average(values.values())
-    mean, low, high = (f"{number:{form}}" for number in (figure["mean"], *figure["interval_95"]))
-    return f"{mean} ({low} to {high})"
+    bounds = " to ".join(f"{bound:{form}}" for bound in figure["interval_95"] or [])
+    return f"{figure['mean']:{form}}" + (f" ({bounds})" if bounds else "")
 
 
 def compare_rounds(groups: Groups, measure: Measure, form: str) -> str:
@@ -111,9 +116,9 @@ def compare_control(groups: Groups, measure: Measure, form: str) -> str | None:
         of_seeds = []
         for seed in seeds:
             apo, control = (measure(games[seed], games[seed].game.rounds) for games in pair)
-            of_seeds.append({query_id: apo[query_id] - control[query_id] for query_id in apo})
+            of_seeds.append({query_id: apo[query_id] - control[query_id] for query_id in apo if query_id in control})
         if seeds:
-            change = {query_id: float(np.mean([own[query_id] for own in of_seeds])) for query_id in of_seeds[0]}
+            change = average_prompts(of_seeds)
             each = ", ".join(f"{np.mean(list(own.values())):{form}}" for own in of_seeds)
             rows.append((method, in_words(change, form), f"{each} ({', '.join(map(str, seeds))})"))
     return format_table(("method", "APO minus control", "each game (seed)"), rows) if rows else None

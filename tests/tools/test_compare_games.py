@@ -7,7 +7,7 @@ import pytest
 from conftest import check_refusal
 from written_game import FLAWLESS, play_by_hand
 
-from tools.compare_games import main
+from tools.compare_games import in_words, main, over_games
 
 CONTROL = FLAWLESS | {2: [1, 0, 0, 0, 0, 0]}  # two flaws in two prompts more than with APO
 WHERE = {"a": {"seed": 1}, "b": {"seed": 2}, "control": {"seed": 1, "apo": False, "flawless": CONTROL}}
@@ -46,6 +46,13 @@ def test_tables_by_hand(tmp_path, capsys, monkeypatch):
     assert control == [["dpo", "+33.3 (+0.7 to +66.0)", "+33.3 (1)"]]
     assert [row[3:5] for row in gains] == [["+0.00 (+0.00 to +0.00)", "+0.98 (+0.50 to +1.45)"]] * 2
     assert no_gain == [["dpo", "+0.00 (+0.00 to +0.00)", "+0.00 (1)"]]
+
+
+def test_prompt_that_one_game_lacks_is_left_out():
+    """Prompt a: 1 and 3, mean 2; a single prompt has no interval."""
+    group = [{"a": 1.0, "b": 9.0}, {"a": 3.0}]
+    values = over_games(lambda results, round_: results, group, 1)
+    assert values == {"a": 2.0} and in_words(values, "+.1f") == "+2.0"
 
 
 def test_games_without_a_judge_or_a_control_have_one_table(tmp_path, capsys, monkeypatch):
