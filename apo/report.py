@@ -72,13 +72,16 @@ class Results:
         return {i: [rewards[f"{i}:{key}"] for key in own] for i, own in texts.items()}
 
     def evaluated_pairs(self, round_: int, number: int) -> list[tuple[PreferenceRecord, dict[str, Any]]]:
-        """Returns the records of the n-th file that RM k was evaluated on, each with its rewards and scores."""
+        """Returns the records of the n-th file that RM k was evaluated on, each with its rewards and scores.
+
+        With --debug_mode these are the first ones.
+        """
         rewards = list(self.read(round_, "evaluate_rm", "eval_rewards.json").values())
         if not rewards:
             return []
         stage = next(stage for stage in self.stages if (stage.round, stage.name) == (round_, "evaluate_rm"))
         records = iter_preference_data(stage.flags["eval_data_path"][number], "comparison_pair")
-        return list(zip(records, rewards[number], strict=True))
+        return list(zip(records, rewards[number], strict=False))
 
 
 def responses_of(path: Path) -> dict[str, dict[str, str]]:

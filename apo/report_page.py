@@ -40,7 +40,13 @@ def to_svg(name: str, draw: Callable[[], Figure], description: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    style = {"svg.hashsalt": name, "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    style = {
+        "svg.hashsalt": name,
+        "text.parse_math": False,
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with matplotlib.rc_context(style):
         draw().savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()

@@ -30,9 +30,9 @@ def in_words(figure: Figure, scale: float = 1, digits: int = 2, unit: str = "", 
 def judge_gain(figures: Mapping[str, Any]) -> str:
     """Says what has become of the responses from LLM 0 to the last LLM."""
     since = figures["since_llm_0"]
-    if not since["round"]:
-        return f"Gain: {NOTHING_YET}; LLM 1 has no rewards by the testing RM."
     testing, share = since["testing"], since["flawless"]
+    if not since["round"] or testing is None:
+        return f"Gain: {NOTHING_YET}; LLM {int(testing is not None)} has no rewards by the testing RM."
     words = {"rises": "is better", "falls": "is worse", "unclear": "is not measurably different"}
     text = f"LLM {since['round']} {words[change_of(testing)]} than LLM 0 by the testing RM: its reward changes by "
     text += f"{in_words(testing)} over {testing['prompts']} prompts"
@@ -40,7 +40,7 @@ def judge_gain(figures: Mapping[str, Any]) -> str:
         text += f"; the share of flawless responses changes by {in_words(share, 100, 1, ' points')}"
         if change_of(share) == "unclear":
             text += ", which is not measurable"
-        elif change_of(share) != change_of(testing):
+        elif {change_of(share), change_of(testing)} == {"rises", "falls"}:
             text += ": judge and testing RM do not agree"
     return f"{text}."
 

@@ -34,19 +34,21 @@ def write_samples(stage: Stage) -> None:
     write_records(path.with_suffix(".settings.json"), {"broken_off": ["p0:sample_0", "p1:sample_1"]})
 
 
-def write_evaluation(stage: Stage, with_rewards: bool) -> None:
+def write_evaluation(stage: Stage, num_evaluated: int) -> None:
     names = [path.rpartition("/")[2] for path in stage.flags["eval_data_path"]]
     sizes = [len(read_json(path)) for path in stage.flags["eval_data_path"]]
     keys = {"pairs": sizes[0], "ties": 0, "accuracy": 0.5, "calibration_ECE_bin10": 0.125}
     results = {name: {f"eval_{name}_{key}": value for key, value in keys.items()} for name in names}
     write_records(stage.working / "final_eval_results.json", results)
-    if with_rewards:
+    if num_evaluated:
         human = [{"query_id": str(i), "rewards": [1, 0], "scores": [1, 0]} for i in range(sizes[0])]
-        golden = [{"query_id": str(i), "rewards": r, "scores": [1, 0]} for i, r in enumerate(EVALUATED)]
+        golden = [
+            {"query_id": str(i), "rewards": r, "scores": [1, 0]} for i, r in enumerate(EVALUATED[:num_evaluated])
+        ]
         write_records(stage.working / "eval_rewards.json", dict(zip(names, (human, golden), strict=True)))
 
 
-def write_outputs(stage: Stage, with_rewards: bool, flawless: dict[int, list[int]]) -> None:
+def write_outputs(stage: Stage, num_evaluated: int, flawless: dict[int, list[int]]) -> None:
     """Writes what the report reads of a stage."""
     folder, k = stage.working, stage.round
     if stage.name.startswith("sample"):
@@ -56,7 +58,7 @@ def write_outputs(stage: Stage, with_rewards: bool, flawless: dict[int, list[int
         records = [{"text": text, "scores": [1, 0]} for text in texts]
         write_records(folder / "golden_over_sampled_text_scores.json", records)
     elif stage.name == "evaluate_rm":
-        write_evaluation(stage, with_rewards)
+        write_evaluation(stage, num_evaluated)
     elif stage.name == "score_testing":
         write_rewards(folder / f"llm_{k}_testing_sample_test_results_pred_testing_rm_results.json", TESTING[k])
     elif stage.name == "score_own":
@@ -79,17 +81,21 @@ def play_by_hand(
     folder: Path,
     num_stages: int | None = None,
     seconds: float = 1.0,
-    with_rewards: bool = True,
+    num_evaluated: int = len(EVALUATED),
     flawless: dict[int, list[int]] = FLAWLESS,
     **changes: object,
 ) -> tuple[Game, list[Stage]]:
-    """Writes a game of which the first stages are done."""
+    """Writes a game of which the first stages are done.
+
+    Args:
+        num_evaluated: golden-over-sampled pairs with rewards; 0: the evaluation has written none.
+    """
     game = make_game(folder, **{"judge": True} | changes)
     stages = plan_game(game)
     records = Records(stages)
     run = {"attempts": 1, "counts": {"pairs": 6}, "commit": "abc", "versions": {"torch": "2"}, "finished": "today"}
     for stage in stages[:num_stages]:
-        write_outputs(stage, with_rewards, flawless)
+        write_outputs(stage, num_evaluated, flawless)
         record = {"settings": stage.settings, "inputs": records.inputs(stage), "seconds": seconds, **run}
         records.finish(stage, record)
     write_records(Path(game.output_dir) / "game.json", asdict(game))

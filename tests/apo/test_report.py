@@ -3,19 +3,22 @@
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from conftest import read_json
+from tiny_game import write_data
 from written_game import SCRIPT, play_by_hand
 
 from apo.cli import InputError
 from apo.game import Game
 from apo.report import make_report
 from apo.report_page import render_page, write_page
-from apo.stages import Stage
+from apo.stages import Records, Stage
 from apo.statistics import wilson_interval
-from apo.verdict import change_of, judge_over_optimisation, judge_rm
+from apo.verdict import change_of, judge_gain, judge_over_optimisation, judge_rm
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +34,13 @@ def report(played) -> dict:
 def figures_of(report: dict) -> dict:
     """All that two equal games share."""
     return {name: value for name, value in report.items() if name not in ("game", "players", "stages")}
+
+
+def paper_rows(report: dict) -> dict[str, list[str]]:
+    """The rows of the tables that have the paper's figures, by their first cell."""
+    page = render_page(report).partition("The paper beside it")[2].partition("<h2>")[0]
+    rows = [re.findall(r"<td.*?>(.*?)</td>", row, re.DOTALL) for row in page.split("<tr>")]
+    return {cells[0]: [cell.strip() for cell in cells[1:]] for cells in rows if cells}
 
 
 # ------------------------------------------------------------------------------------------------ figures
@@ -119,10 +129,12 @@ def test_control_and_game_without_a_judge_have_a_page(tmp_path):
     assert report["since_llm_0"]["flawless"] is None and "flawless" not in report["verdict"][0]
     page = PageParser(render_page(report))
     assert "the control: human pairs only" in page.text and "Judged by rule" not in page.text
+    rows = paper_rows(report)
+    assert rows["base RM"][0].startswith("100.0") and rows["RM of round 1"][0] == rows["RM of round 2"][0] == "–"
 
 
 def test_evaluation_of_an_earlier_version_has_no_interval(tmp_path):
-    report = make_report(*play_by_hand(tmp_path, with_rewards=False))
+    report = make_report(*play_by_hand(tmp_path, num_evaluated=0))
     golden = report["rm"][0]["evaluations"][-1]
     assert golden["accuracy"] == {"mean": 0.5, "interval_95": None} and golden["prompts"] is None
     assert report["examples"] is None and "50.0 % (no interval) of 6 held-out pairs." in report["verdict"][2]
@@ -134,6 +146,22 @@ def test_stage_that_its_game_is_about_to_rename_is_left_to_it(tmp_path):
     stages[1].folder.rename(stages[1].working)
     assert [row["stage"] for row in make_report(game, stages)["stages"]] == ["0/sample_test"]
     assert stages[1].working.is_dir()
+
+
+def test_game_whose_llm_0_is_drawn_again_has_no_gain_and_no_start(tmp_path):
+    game, stages = play_by_hand(tmp_path)
+    for stage in Records(stages).made_from("0/sample_test"):
+        shutil.rmtree(stage.folder)
+    report = make_report(game, stages)
+    assert report["verdict"][0] == "Gain: nothing to compare yet; LLM 0 has no rewards by the testing RM."
+    assert paper_rows(report)["start"][0] == "–"
+
+
+def test_evaluation_of_the_first_records_only(tmp_path):
+    """Of the six golden-over-sampled pairs, --debug_mode evaluates the first five: four are ranked as they should."""
+    game, stages = play_by_hand(tmp_path, num_evaluated=5)
+    golden = make_report(game, stages)["rm"][0]["evaluations"][-1]
+    assert golden["accuracy"]["mean"] == pytest.approx(4 / 5) and golden["prompts"] == 3
 
 
 def test_stage_that_does_not_fit_is_refused(tmp_path):
@@ -183,6 +211,14 @@ def test_over_optimisation_is_named(own, testing, words):
 def test_rm_that_cannot_tell_ends_the_game(low, high, words):
     row = {"round": 1, "evaluations": [{"accuracy": figure(low, high), "pairs": 9}]}
     assert words in judge_rm({"rm": [row]})
+
+
+@pytest.mark.parametrize(("share", "agree"), [(figure(0.1, 0.2), False), (figure(-0.2, -0.1), True)])
+def test_judge_and_testing_rm_disagree_if_one_rises_and_the_other_falls(share, agree):
+    since = {"round": 1, "testing": figure(-2, -1) | {"prompts": 3}, "flawless": share}
+    assert ("do not agree" in judge_gain({"since_llm_0": since})) != agree
+    since["testing"] = figure(-2, 1) | {"prompts": 3}
+    assert "do not agree" not in judge_gain({"since_llm_0": since})
 
 
 def test_change_needs_an_interval_on_one_side_of_zero():
@@ -248,6 +284,13 @@ def test_page_is_one_file_without_scripts_and_texts_are_escaped(report, tmp_path
 def test_page_of_half_a_game(tmp_path, num_stages):
     parser = PageParser(render_page(make_report(*play_by_hand(tmp_path, num_stages))))
     assert parser.open == [] and ("Nothing yet." in parser.text) == (num_stages < 20)
+
+
+def test_file_name_is_no_formula(tmp_path):
+    name = r"a $\x$.json"
+    data = write_data(tmp_path / "src")
+    data["human_test"] = str(Path(data["human_test"]).rename(tmp_path / name))
+    assert name in PageParser(render_page(make_report(*play_by_hand(tmp_path, data=data)))).text
 
 
 def test_page_is_the_same_each_time(report):
