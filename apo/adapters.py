@@ -100,7 +100,7 @@ def adapt(
         num_base_tokens: rows of the embedding table before it grew; the adapter holds the rows beyond.
 
     Returns:
-        to train: a `AdaptedModel`; to use: the plain model with the adapter merged into its weights. Weights that
+        to train: an `AdaptedModel`; to use: the plain model with the adapter merged into its weights. Weights that
         are quantised, or sharded by ZeRO-3, cannot be merged into; there the adapter stays beside them.
 
     Raises:

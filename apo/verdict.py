@@ -33,7 +33,7 @@ def judge_gain(figures: Mapping[str, Any]) -> str:
     testing, share = since["testing"], since["flawless"]
     if not since["round"] or testing is None:
         return f"Gain: {NOTHING_YET}; LLM {int(testing is not None)} has no rewards by the testing RM."
-    words = {"rises": "is better", "falls": "is worse", "unclear": "is not measurably different"}
+    words = {"rises": "is better", "falls": "is worse", "unclear": "is not measurably better or worse"}
     text = f"LLM {since['round']} {words[change_of(testing)]} than LLM 0 by the testing RM: its reward changes by "
     text += f"{in_words(testing)} over {testing['prompts']} prompts"
     if share:
