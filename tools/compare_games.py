@@ -36,7 +36,10 @@ def load_game(folder: str) -> Results:
     settings = read_json(Path(folder, "game.json"))
     if not settings:
         raise InputError(f"{folder}: found no game.json, expected the output_dir of a game")
-    game = Game(**settings)
+    try:
+        game = Game(**settings)
+    except TypeError as error:
+        raise InputError(f"{folder}/game.json: {error}; expected the settings of this version") from error
     if Path(game.output_dir).resolve() != Path(folder).resolve():
         raise InputError(
             f"{folder}: found a game of {game.output_dir}; paths count from where it was played, go there"
@@ -65,7 +68,7 @@ def group_games(games: list[Results]) -> Groups:
     Raises:
         InputError: a game of the group has other settings, or the same seed.
     """
-    ignored = ("seed", "output_dir", "apo", "align_type")
+    ignored = ("seed", "output_dir", "apo", "align_type", "launcher", "slurm", "server", "keep_models")
     first, groups = games[0].game, {}
     for results in sorted(games, key=lambda results: (results.game.align_type, not results.game.apo)):
         game = results.game

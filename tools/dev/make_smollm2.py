@@ -27,7 +27,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     """Reads the quantised weights of the package, and writes model and tokenizer."""
     folder = parse_args().output_dir
-    if (folder / "model.safetensors").is_file():
+    if folder.is_dir():
         return
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise InputError(f"found no package {missing[0]}, expected {' and '.join(NEEDED)}; {HOW}")
@@ -40,8 +40,10 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     del model.config.quantization_config  # the weights are no longer quantised; a model with this cannot be saved
     model.hf_quantizer, model.is_quantized = None, False
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
-    model.save_pretrained(folder)
+    partial = folder.with_name(folder.name + ".partial")
+    AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
+    model.save_pretrained(partial)
+    partial.rename(folder)
     print(f"SmolLM2-135M-Instruct in float32: {folder}")
 
 
