@@ -199,14 +199,19 @@ def locked(path: str | Path, *, wait: bool) -> Iterator[None]:
         lock.release()
 
 
-def write_json(path: str | Path, obj: Any) -> None:
-    """Writes `obj` as JSON, completely or not at all; see `replacing`. A NaN or an infinity is an `InputError`."""
+def format_json(path: str | Path, obj: Any) -> str:
+    """Returns the text of the JSON file `path`. A NaN or an infinity is an `InputError`."""
     try:
-        text = json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False)
+        return json.dumps(obj, ensure_ascii=False, indent=1, allow_nan=False) + "\n"
     except ValueError as error:
         raise InputError(f"{path}: not written: a number in it is not finite ({error})") from error
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Writes `obj` as JSON, completely or not at all; see `replacing`. A NaN or an infinity is an `InputError`."""
+    text = format_json(path, obj)
     with replacing(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

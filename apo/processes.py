@@ -61,7 +61,16 @@ def start(words: list[str], log: IO[bytes], lock: int) -> subprocess.Popen:
     """
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     environment = os.environ | {"PATH": path}
-    options = {"start_new_session": True, "preexec_fn": end_with_parent, "pass_fds": (lock,), "env": environment}
+    game = os.getpid()
+
+    def end_with_game() -> None:
+        """Runs in the new process, before the command."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the handler of the game could lose the signal
+        end_with_parent()
+        if os.getppid() != game:  # killed before this process could get a signal of it
+            os._exit(1)
+
+    options = {"start_new_session": True, "preexec_fn": end_with_game, "pass_fds": (lock,), "env": environment}
     try:
         return subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, **options)
     except OSError as error:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from apo.cli import InputError, first_few, read_json, sha256_of_file, write_json
+from apo.cli import InputError, first_few, format_json, read_json, replacing, sha256_of_file, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ class ResultStore:
     def load_result(self) -> list[dict[str, Any]] | None:
         """Reads the result of these settings; None if it does not exist or was changed. Call it after `load`."""
         recorded = read_recorded(self.result_path)
-        if not self.result_path.is_file() or recorded != {**recorded, **self._record()}:
+        if not self.result_path.is_file() or recorded != {**recorded, **self._record(self.result_path)}:
             return None
         self._warn_of_changed(recorded)
         return json.loads(self.result_path.read_text(encoding="utf-8"))
@@ -103,14 +103,20 @@ class ResultStore:
             file.write(b"\n" + json.dumps([key, values, self.notes]).encode())
 
     def finish(self, records: list[dict[str, Any]]) -> None:
-        """Writes the result, then its settings, then deletes the partial files; several processes may do this."""
-        write_json(self.result_path, records)
-        write_json(self.result_path.with_suffix(".settings.json"), {**self._record(), **self.notes, **self.findings})
+        """Writes the settings, then the result, then deletes the partial files; several processes may do this.
+
+        In this order a run that is killed between the two leaves no result of which nothing is known.
+        """
+        text = format_json(self.result_path, records)
+        with replacing(self.result_path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+            settings = {**self._record(temporary), **self.notes, **self.findings}
+            write_json(self.result_path.with_suffix(".settings.json"), settings)
         for path in self.find_partial(self.fingerprint):
             path.unlink(missing_ok=True)
 
-    def _record(self) -> dict[str, Any]:
-        return {**self.settings, "result_sha256": sha256_of_file(self.result_path)}
+    def _record(self, path: Path) -> dict[str, Any]:
+        return {**self.settings, "result_sha256": sha256_of_file(path)}
 
 
 def complete_items(

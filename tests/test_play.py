@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO_ROOT, check_refusal, free_port, log_history, read_json, wait_until
+from conftest import REPO_ROOT, check_refusal, free_port, read_json, training_losses, wait_until
 from model_server import ModelServer
-from tiny_game import SECTIONS, TRAIN_RM, play, settings, write_game
+from tiny_game import SECTIONS, TRAIN_RM, play, write_game
 
 from apo.cli import sha256_of_file
 from apo.generation import derive_seed
@@ -24,21 +24,19 @@ from apo.stages import DONE
 
 GAMES = sorted((REPO_ROOT / "configs").glob("game_*.yaml"))
 FIRST = "1/train_rm"  # the last stage of short games
-# What a game is about; logs and records have times.
-RESULTS = ("model.safetensors", "*_results.json", "*_text_scores.json", "best_pairs.json")
-NOT_COMPARED = ("train_results.json", "eval_results.json", "all_results.json")
+# What a game is about. The others have times, or paths; their figures are in the report.
+RESULTS = ("model.safetensors", "*_results.json", "*_text_scores.json", "eval_rewards.json", "best*.json")
+NOT_COMPARED = ("best_report.json", *(f"{name}_results.json" for name in ("train", "eval", "all", "final_eval")))
 
 
-def results(folder: Path) -> dict[str, str]:
-    """The sha256 of all models, samples, pairs and rewards of a game."""
-    paths = {path for pattern in RESULTS for path in folder.glob(f"round_*/*/{pattern}")}
-    return {str(path.relative_to(folder)): sha256_of_file(path) for path in paths if path.name not in NOT_COMPARED}
-
-
-def figures(folder: Path) -> dict:
-    """The figures of a game's report without times and paths."""
-    report = read_json(folder / "report" / "report.json")
-    return {name: value for name, value in report.items() if name not in ("game", "players", "stages")}
+def outcome(game: Path) -> dict[str, object]:
+    """The sha256 of models, samples, pairs, rewards and selections; losses; figures of the report without times."""
+    paths = {path for pattern in RESULTS for path in game.glob(f"round_*/*/{pattern}")}
+    found = {str(path.relative_to(game)): sha256_of_file(path) for path in paths if path.name not in NOT_COMPARED}
+    models = [name for name in found if name.endswith("/model.safetensors")]
+    found |= {f"losses of {name}": training_losses((game / name).parent) for name in models}
+    report = read_json(game / "report" / "report.json")
+    return found | {name: value for name, value in report.items() if name not in ("game", "players", "stages")}
 
 
 def refused(config: Path, *words: object) -> str:
@@ -51,6 +49,18 @@ def short_game(base_llama, tmp_path_factory) -> Path:
     config = write_game(tmp_path_factory.mktemp("short_game"), base_llama)
     play(config, "--until", FIRST)
     return config
+
+
+@pytest.fixture(scope="session")
+def one_round(base_llama, tmp_path_factory) -> tuple[Path, dict[str, object]]:
+    """The file of a game of two rounds with all stages, of which one was played, and its outcome then."""
+    folder = tmp_path_factory.mktemp("one_round")
+    sft = {**SECTIONS["align"], "per_round": None, "train_data_path": [str(folder / "data" / "rm_golden.json")]}
+    changes = {"sft": sft, "testing_rm": TRAIN_RM, "keep_models": "last", "judge": True}
+    changes["sample_llm"] = SECTIONS["sample_llm"] | {"per_device_eval_batch_size": 1}  # it can be killed between two
+    config = write_game(folder, base_llama, **changes)
+    play(config, "--rounds", 1)
+    return config, outcome(folder / "game")
 
 
 # ------------------------------------------------------------------------------------------------ the game
@@ -71,14 +81,12 @@ def test_driver_imports_no_torch(tmp_path):
 
 
 @pytest.mark.slow
-def test_game_is_played_to_its_end(base_llama, tmp_path):
-    """Two rounds of every stage, whose models are kept as long as a stage reads them; then nothing is left to do."""
-    sft = {**SECTIONS["align"], "per_round": None, "train_data_path": [str(tmp_path / "data" / "rm_golden.json")]}
-    changes = {"sft": sft, "testing_rm": TRAIN_RM, "keep_models": "last", "judge": True}
-    config = write_game(tmp_path, base_llama, **changes)
+def test_game_is_played_to_its_end(one_round):
+    """One round, and one more, whose models are kept as long as a stage reads them; then nothing is left to do."""
+    config, _ = one_round
     done = play(config)
-    assert "33 of 33 stages are done" in done.stdout
-    game = tmp_path / "game"
+    assert "33 stages, 19 of them done, 14 to run" in done.stdout and "33 of 33 stages are done" in done.stdout
+    game = config.parent / "game"
     kept = sorted(str(path.parent.relative_to(game)) for path in game.glob("round_*/*/model.safetensors"))
     assert kept == ["round_0/sft", "round_0/testing_rm", "round_2/align", "round_2/train_rm"]
     assert "1/align: weights and checkpoints deleted (keep_models: last)" in done.stdout
@@ -214,53 +222,63 @@ def stage_of(game: int) -> int | None:
     return None
 
 
-def start_game(config: Path, until: str) -> subprocess.Popen:
-    words = [sys.executable, "play.py", "--config", str(config), "--until", until]
-    return subprocess.Popen(words, cwd=REPO_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start_game(config: Path, *words: object) -> subprocess.Popen:
+    command = [sys.executable, "play.py", "--config", str(config), *map(str, words)]
+    return subprocess.Popen(command, cwd=REPO_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-# When (a stage runs, and a file of the game is there), and who is killed. The first three are one stage.
+# When (a file of the game is there, and a stage runs), and who is killed. "driver alone": when no stage runs. The file
+# of an attempt is there as soon as its process.
 KILLS = [
-    ("round_0/sample_test.partial/logs/attempt_1.log", "game"),
-    ("round_0/sample_test.partial/logs/attempt_2.log", "both"),
-    ("round_0/sample_test.partial/logs/attempt_3.log", "stage"),
-    ("round_0/sample_test/done.json", "game"),
-    ("round_0/score_testing.partial/logs/attempt_2.log", "stage"),
-    ("round_1/sample_rm.partial/logs/attempt_1.log", "both"),
-    ("round_1/train_rm.partial/manifest.json", "game"),
-    ("round_1/train_rm.partial/checkpoint-2/contents.json", "stage"),
+    ("round_0/testing_rm.partial/checkpoint-2/contents.json", "driver"),
+    ("round_0/sft.partial/logs/attempt_1.log", "both"),
+    ("round_0/sample_test.partial/logs/attempt_1.log", "stage"),
+    ("round_0/sample_test.partial/logs/attempt_2.log", "driver"),
+    ("round_0/score_testing.partial/logs/attempt_1.log", "driver"),
+    ("round_0/judge.partial/logs/attempt_1.log", "both"),
+    ("round_1/sample_rm.partial/logs/attempt_1.log", "driver"),
+    ("round_1/pair.partial/logs/attempt_1.log", "stage"),
     ("round_1/train_rm.partial/checkpoint-4/contents.json", "both"),
-    ("round_1/train_rm.partial/model.safetensors", "both"),
+    ("round_1/train_rm.partial/model.safetensors", "stage"),
+    ("round_1/pair_eval.partial/logs/attempt_1.log", "driver"),
+    ("round_1/evaluate_rm.partial/logs/attempt_1.log", "both"),
+    ("round_1/sample_llm.partial/*.partial.jsonl", "both"),  # some responses are finished
+    ("round_1/score.partial/logs/attempt_1.log", "stage"),
+    ("round_1/select*/best_report.json", "driver alone"),  # the stage has ended, and is maybe not recorded yet
+    ("round_1/align.partial/checkpoint-2/contents.json", "stage"),
+    ("round_1/align.partial/model.safetensors", "both"),
+    ("round_1/score_own.partial/llm_0_*.settings.json", "both"),  # of the first of two files
+    ("round_1/judge/done.json", "driver alone"),  # all stages are done, the report is not written
+    ("report/report.json", "driver alone"),  # the page is not written
 ]
 
 
 @pytest.mark.slow
-def test_game_killed_again_and_again_has_the_same_results(short_game, base_llama, tmp_path):
-    """Models, samples, pairs and rewards, to the bit: the driver, the stage or both get SIGKILL, ten times."""
-    config = write_game(tmp_path, base_llama, data=settings(short_game.parent, base_llama)["data"])
+def test_game_killed_again_and_again_has_the_same_results(one_round, tmp_path):
+    """Models, samples, pairs, rewards and report, to the bit: driver, stage or both get SIGKILL, twenty times."""
+    config, expected = one_round
     game = tmp_path / "game"
+    words = ["--rounds", 1, "--output_dir", game]
     for file, who in KILLS:
-        process = start_game(config, FIRST)
+        process = start_game(config, *words)
         try:
-            while (stage := stage_of(process.pid)) is None or not (game / file).exists():
-                assert process.poll() is None, f"{file} was never there while a stage ran"
+            while ((stage := stage_of(process.pid)) is None) != (who == "driver alone") or not any(game.glob(file)):
+                assert process.poll() is None, f"{file} was never there at the right time"
                 time.sleep(0.002)
         finally:
             if who != "stage":
                 process.kill()
-            if who != "game" and stage:
-                os.kill(stage, signal.SIGKILL)
+            if who in ("stage", "both") and stage:
+                with contextlib.suppress(ProcessLookupError):  # it has ended with its driver
+                    os.kill(stage, signal.SIGKILL)
             _, stderr = process.communicate()
-        assert process.returncode == (2 if who == "stage" else -signal.SIGKILL) and "Traceback" not in stderr
+        assert process.returncode == (2 if who == "stage" else -signal.SIGKILL) and "Traceback" not in stderr, stderr
         assert who != "stage" or "ended with SIGKILL" in stderr
-    play(config, "--until", FIRST)
-    assert results(game) == results(short_game.parent / "game") and len(results(game)) == 5
-    assert figures(game) == figures(short_game.parent / "game")
-    losses = [
-        [log["loss"] for log in log_history(folder / "round_1" / "train_rm") if "loss" in log]
-        for folder in (game, short_game.parent / "game")
-    ]
-    assert len(losses[0]) == 6 and losses[0] == losses[1]
+    assert not (game / "report" / "index.html").exists()
+    play(config, *words)
+    assert outcome(game) == expected
+    assert len(expected["rm"]) == len(expected["selection"]) == len(expected["gains_in_sd"]) == 1
+    assert sum(name.startswith("round_") for name in expected) == 20
 
 
 @pytest.mark.slow
@@ -269,7 +287,7 @@ def test_signal_lets_the_stage_save(base_llama, tmp_path, signum, status):
     config = write_game(tmp_path, base_llama, testing_rm=TRAIN_RM | {"max_steps": 5000, "save_strategy": "no"})
     folder = tmp_path / "game" / "round_0" / "testing_rm.partial"
     log = folder / "logs" / "attempt_1.log"
-    process = start_game(config, "0/testing_rm")
+    process = start_game(config, "--until", "0/testing_rm")
     try:
         wait_until(lambda: process.poll() is not None or (log.is_file() and "'loss'" in log.read_text()))
         process.send_signal(signum)
@@ -286,7 +304,7 @@ def test_signal_lets_the_stage_save(base_llama, tmp_path, signum, status):
 
 @pytest.mark.slow
 def test_second_game_in_the_folder_is_refused(short_game):
-    process = start_game(short_game, "1/sample_eval")
+    process = start_game(short_game, "--until", "1/sample_eval")
     try:
         wait_until(lambda: (short_game.parent / "game" / "round_1" / "sample_eval.partial").exists(), seconds=120)
         assert f"play.lock, held by process {process.pid} on" in refused(short_game)

@@ -104,6 +104,27 @@ def test_command_ends_with_a_killed_game_and_the_next_one_waits(stage, tmp_path)
         assert (tmp_path / "saved").exists()
 
 
+KILLS_THE_GAME = """
+import os, signal, time
+def kill_parent():
+    game = os.getppid()
+    os.kill(game, signal.SIGKILL)
+    while os.getppid() == game:
+        time.sleep(0.01)
+os.register_at_fork(after_in_child=kill_parent)
+"""
+
+
+def test_command_does_not_begin_once_the_game_is_killed(stage, tmp_path):
+    """The game dies between the start of the process and that of its command."""
+    program = stage(f"touch {tmp_path}/ran").program
+    words = [sys.executable, "-c", KILLS_THE_GAME + RUNS_A_STAGE, str(tmp_path), program]
+    game = subprocess.run(words, cwd=REPO_ROOT, env=os.environ | {"PYTHONPATH": str(REPO_ROOT)}, check=False)
+    assert game.returncode == -signal.SIGKILL
+    with lock_of_processes(tmp_path / "processes.lock"):
+        assert not (tmp_path / "ran").exists()
+
+
 # ------------------------------------------------------------------------------------------------ Slurm
 
 SBATCH = r"""

@@ -1,5 +1,6 @@
 """Scores: every response once, in file order, the same to the bit after any number of kills."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -108,6 +109,25 @@ def test_interrupted_run_resumes_and_computes_nothing_twice(samples, undisturbed
     seen = interrupt_after(monkeypatch, 99)
     run_main(**flags(samples, tmp_path))
     assert sum(seen) == NUM_RECORDS - num_parts * scoring.BATCHES_PER_PART
+    assert scores_file(tmp_path).read_bytes() == undisturbed
+    assert partial_lines(tmp_path) == 0
+
+
+@pytest.mark.parametrize("name", ["samples_pred_rm_results.settings.json", "samples_pred_rm_results.json"])
+def test_run_interrupted_before_it_names_a_file_goes_on(samples, undisturbed, tmp_path, monkeypatch, name):
+    """The rewards that it has written by then are known as its own."""
+    replace = os.replace
+
+    def replace_or_interrupt(source, target):
+        if Path(target).name == name:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(os, "replace", replace_or_interrupt)
+        run_main(**flags(samples, tmp_path))
+    assert partial_lines(tmp_path) == NUM_RECORDS
+    run_main(**flags(samples, tmp_path))
     assert scores_file(tmp_path).read_bytes() == undisturbed
     assert partial_lines(tmp_path) == 0
 
