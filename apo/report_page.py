@@ -144,10 +144,9 @@ FIGURES = {
 def render_page(report: Mapping[str, Any]) -> str:
     """Returns the HTML of a report; all texts in it are escaped."""
     import jinja2
-    from markupsafe import Markup
 
     figures = {
-        name: Markup(to_svg(name, lambda draw=draw: draw(report), description))
+        name: to_svg(name, lambda draw=draw: draw(report), description)
         for name, (draw, description) in FIGURES.items()
         if report[name]
     }

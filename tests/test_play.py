@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import REPO_ROOT, check_refusal, free_port, read_json, training_losses, wait_until
 from model_server import ModelServer
 from tiny_game import SECTIONS, TRAIN_RM, play, write_game
@@ -332,7 +333,7 @@ def test_commands_of_the_game_parse(path, tmp_path, monkeypatch):
     script.write_text(play(path, "--dry_run").stdout, encoding="utf-8")
     subprocess.run(["bash", "-n", script], check=True)
     commands = commands_of(script.read_text(encoding="utf-8"))
-    assert len(commands) > 3 * 13
+    assert len(commands) > 13 * yaml.safe_load(path.read_text(encoding="utf-8"))["rounds"]
     monkeypatch.chdir(REPO_ROOT)
     for words in commands:
         program = next(word for word in words if word.endswith(".py"))
