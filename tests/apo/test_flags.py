@@ -44,9 +44,7 @@ def test_every_flag_of_transformers_has_one_verdict():
     assert set(names_of(RANGES)) <= known
 
 
-def arguments(**flags: object) -> ModelArguments | RewardTrainingArguments:
-    if flags.keys() & {"lora_r", "lora_alpha", "lora_dropout"}:
-        return ModelArguments("model", **{name: value for name, value in flags.items() if name != "batching"})
+def arguments(**flags: object) -> RewardTrainingArguments:
     return RewardTrainingArguments(use_cpu=True, report_to=flags.pop("report_to", "none"), **flags)
 
 
