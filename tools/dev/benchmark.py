@@ -2,6 +2,7 @@
 
     python tools/dev/benchmark.py --output_dir outputs/benchmark --threads 2
     python tools/dev/benchmark.py --mode scoring --output_dir outputs/benchmark_scoring --threads 2
+    python tools/dev/benchmark.py --mode alignment --output_dir outputs/benchmark_alignment --threads 2
 
     tree           every prefix that sequences of a batch share is computed once, nothing is padded
     padded         a row per response, padded to the longest of the batch; batches in the order of the data
@@ -12,8 +13,8 @@
 All have the same weights, data, precision, AdamW and pooling, and run the `training_step` or `predict` of a Trainer,
 data loading included; schedule, logging, checkpoints and tokenising are left out. A prompt with several pairs is one
 item for `tree`; for the others its pairs are shuffled and accumulated, so that all make the same updates. The learning
-rate is 0, so that "check", the mean loss or reward, shows that all compute the same function. Linux only. The numbers
-are explained in docs/performance.md.
+rate is 0, so that "check", the mean loss or reward, shows that all compute the same function. The mode `alignment`, of
+the LLM, is described in `benchmark_alignment.py`. Linux only. The numbers are explained in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from typing import Any
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process, one card
 
+import benchmark_alignment
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -63,9 +65,16 @@ REPO_ROOT = Path(__file__).resolve().parents[2]
 CONTESTANTS = {
     "training": ["tree", "padded", "reference", "trl"],
     "scoring": ["tree", "padded", "reference", "padded_sorted"],
+    "alignment": list(dict.fromkeys(name for names in benchmark_alignment.CONTESTANTS.values() for name in names)),
 }
-WORKLOADS = {"hh_pairs": 512, "apo_groups": 512, "long_prompts": 2048}  # and their longest sequences
+DEFAULT_WORKLOADS = {
+    "training": ["hh_pairs", "apo_groups", "long_prompts"],
+    "scoring": ["apo_groups"],
+    "alignment": ["dpo", "rrhf"],
+}
+WORKLOADS = {"hh_pairs": 512, "apo_groups": 512, "long_prompts": 2048, "dpo": 512, "rrhf": 512}  # longest sequences
 LONG_PROMPT, SHORT_RESPONSE = 1500, 64  # tokens, of long_prompts
+RATIOS = {"seconds": "first_is_faster", "step_seconds": "first_is_faster_in_steps"}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 Row = dict[str, Any]  # of `tokenize_records`
@@ -291,17 +300,16 @@ def race(contestants: list[Contestant], rounds: list[list[Row]], args: argparse.
 
 
 def summarize(results: dict[str, list[dict]]) -> dict[str, dict[str, Any]]:
-    """Medians over the rounds, and the ratio of the seconds to those of the first contestant, within each round."""
+    """Medians over the rounds, and the ratios of the times to those of the first contestant, within each round."""
     base, *_ = results.values()
     summary = {}
     for name, rounds in results.items():
-        ratios = [r["seconds"] / b["seconds"] for r, b in zip(rounds, base, strict=True)]
-        summary[name] = {
-            **{key: float(np.median([r[key] for r in rounds])) for key in rounds[0]},
-            "first_is_faster": float(np.median(ratios)),
-            "first_is_faster_range": [min(ratios), max(ratios)],
-            "rounds": rounds,
-        }
+        values: dict[str, Any] = {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
+        for key, ratio in RATIOS.items():
+            if key in rounds[0]:
+                ratios = [r[key] / b[key] for r, b in zip(rounds, base, strict=True)]
+                values |= {ratio: float(np.median(ratios)), f"{ratio}_range": [min(ratios), max(ratios)]}
+        summary[name] = {**values, "rounds": rounds}
     return summary
 
 
@@ -319,7 +327,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--output_dir", required=True, help="folder for benchmark.json and benchmark.png")
     add("--mode", choices=CONTESTANTS, default="training", help="what to measure (default: training)")
-    add("--workload", nargs="+", choices=WORKLOADS, help="default: all in training, apo_groups in scoring")
+    add("--workload", nargs="+", choices=WORKLOADS, help="default: apo_groups in scoring, else all of the mode")
     add("--contestants", nargs="+", help="the first is compared with the others (default: all, trl if installed)")
     add("--data_dir", default=data_dir, help="default: HH_DATA_DIR, else data/sample")
     add("--model_name_or_path", help="a LLaMA with its tokenizer (default: random, its tokenizer trained on the data)")
@@ -332,8 +340,10 @@ def parse_args() -> argparse.Namespace:
     add("--threads", type=at_least(1), default=torch.get_num_threads(), help="CPU threads (default: torch's)")
     add("--seed", type=int, default=42, help="of weights and order (default: 42)")
     args = parser.parse_args()
-    args.workload = args.workload or (["apo_groups"] if args.mode == "scoring" else list(WORKLOADS))
-    known = [name for name in CONTESTANTS[args.mode] if name != "trl" or importlib.util.find_spec(name)]
+    args.workload = args.workload or DEFAULT_WORKLOADS[args.mode]
+    if (args.mode == "alignment") != set(args.workload).issubset(DEFAULT_WORKLOADS["alignment"]):
+        raise InputError(f"--workload {' '.join(args.workload)}: dpo and rrhf are of --mode alignment, others are not")
+    known = [name for name in CONTESTANTS[args.mode] if not name.startswith("trl") or importlib.util.find_spec("trl")]
     args.contestants = args.contestants or known
     if not set(args.contestants) <= set(known):
         raise InputError(f"--contestants {' '.join(args.contestants)}: --mode {args.mode} has {', '.join(known)}")
@@ -358,6 +368,17 @@ def run_workload(name: str, args: argparse.Namespace, model_path: str, work_dir:
     return summarize(race(contestants, rounds, args))
 
 
+def run_alignment(name: str, args: argparse.Namespace, model_path: str, work_dir: Path) -> dict[str, dict[str, Any]]:
+    """Loads the data of a workload of the LLM and measures its contestants."""
+    settings = {"max_length": args.max_length or WORKLOADS[name], "batch_size": args.batch_size}
+    settings |= {"model_path": model_path, "threads": args.threads, "output_dir": str(work_dir)}
+    pairs, *_ = find_files(args.data_dir)
+    rows = benchmark_alignment.iter_rows(name, pairs, model_path, settings["max_length"], args.seed)
+    rounds = draw_rounds(rows, 1 + args.rounds, args.batch_size * args.num_batches)
+    names = [key for key in args.contestants if key in benchmark_alignment.CONTESTANTS[name]]
+    return summarize(benchmark_alignment.race(name, names, rounds, **settings))
+
+
 @exit_on_input_error
 def main() -> None:
     """Measures every workload, prints a table of each, writes the numbers and a figure."""
@@ -369,11 +390,11 @@ def main() -> None:
     packages = {name: version(name) for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)}
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or "cpu"
     machine = {"device": device, "dtype": str(DTYPE), "packages": packages, "commit": git_commit()}
-    summaries = {}
+    summaries, run = {}, run_alignment if args.mode == "alignment" else run_workload
     with tempfile.TemporaryDirectory() as folder:
         model_path = args.model_name_or_path or make_model(args, Path(folder, "model"))
         for name in args.workload:
-            summaries[name] = run_workload(name, args, model_path, Path(folder))
+            summaries[name] = run(name, args, model_path, Path(folder))
             print(f"\n{name}, micro-batches of {args.batch_size}\n\n{format_race(summaries[name])}", flush=True)
     numbers, figure = (Path(args.output_dir, f"benchmark.{suffix}") for suffix in ("json", "png"))
     write_json(numbers, {"flags": vars(args), "machine": machine, "results": summaries})
