@@ -74,7 +74,11 @@ DEFAULT_WORKLOADS = {
 }
 WORKLOADS = {"hh_pairs": 512, "apo_groups": 512, "long_prompts": 2048, "dpo": 512, "rrhf": 512}  # longest sequences
 LONG_PROMPT, SHORT_RESPONSE = 1500, 64  # tokens, of long_prompts
-RATIOS = {"seconds": "first_is_faster", "step_seconds": "first_is_faster_in_steps"}
+RATIOS = {
+    "seconds": "first_is_faster",
+    "step_seconds": "first_is_faster_in_steps",
+    "cpu_seconds": "first_uses_less_cpu",
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 Row = dict[str, Any]  # of `tokenize_records`

@@ -141,6 +141,11 @@ def to_trl(row: Row) -> Row:
 # ------------------------------------------------------------------------------------------------ a contestant
 
 
+def now() -> np.ndarray:
+    """Seconds on the clock, and processor seconds of this process with all its threads: (2,)."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 class Contestant:
     """A trainer that is ready to run, in a process of its own; counts the tokens that its backbone runs."""
 
@@ -168,12 +173,12 @@ class Contestant:
         """The columns that this trainer reads."""
         return Dataset.from_list([to_trl(row) for row in rows] if self.is_trl else rows)
 
-    def add_reference(self, rows: list[Row]) -> tuple[float, list[Row]]:
-        """Returns the seconds that the reference model, here the untrained policy, took, and rows with its result."""
+    def add_reference(self, rows: list[Row]) -> tuple[np.ndarray, list[Row]]:
+        """Returns the time that the reference model, here the untrained policy, took, and rows with its result."""
         if not self.precomputes:
-            return 0.0, rows
+            return np.zeros(2), rows
         dataset = self.make_dataset(rows)
-        start = time.perf_counter()
+        start = now()
         if not self.is_trl:
             args = self.trainer.args
             budget = token_budget(args, self.max_length)
@@ -182,15 +187,13 @@ class Contestant:
             batches = DataLoader(dataset, self.batch_size, collate_fn=self.trainer.data_collator)
             pairs = [torch.stack(self.trainer.compute_ref_log_probs(self.model.eval(), batch), 1) for batch in batches]
             logps = torch.cat(pairs).tolist()
-        seconds = time.perf_counter() - start
-        return seconds, [{**row, "reference_logps": pair} for row, pair in zip(rows, logps, strict=True)]
+        return now() - start, [{**row, "reference_logps": pair} for row, pair in zip(rows, logps, strict=True)]
 
     def train(self, rows: list[Row]) -> dict[str, Any]:
-        """Makes an update with each batch; returns losses, seconds, tokens and the largest resident set so far."""
+        """Makes an update with each batch; returns losses, time, tokens and the largest resident set so far."""
         trainer = self.trainer
         trainer.train_dataset = self.make_dataset(rows)
-        self.num_tokens, losses = 0, []
-        start = time.perf_counter()
+        self.num_tokens, losses, start = 0, [], now()
         for inputs in trainer.get_train_dataloader():
             losses.append(trainer.training_step(self.model, inputs, torch.tensor(self.batch_size)).item())
             trainer.accelerator.clip_grad_norm_(self.model.parameters(), trainer.args.max_grad_norm)
@@ -198,7 +201,7 @@ class Contestant:
             self.model.zero_grad()
         return {
             "losses": losses,
-            "step_seconds": time.perf_counter() - start,
+            "time": now() - start,
             "num_tokens": self.num_tokens,
             "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
@@ -236,6 +239,20 @@ def check_losses(losses: dict[str, list[float]]) -> None:
         assert difference <= TOLERANCE, (name, first, difference, losses[name], losses[first])
 
 
+def summarize_round(measured: dict[str, Any], reference_time: np.ndarray, num_items: int) -> dict[str, float]:
+    """What is reported of a round: `Contestant.train` and the reference pass over the same items."""
+    seconds, cpu_seconds = measured["time"] + reference_time
+    return {
+        "seconds": float(seconds),
+        "step_seconds": float(measured["time"][0]),
+        "cpu_seconds": float(cpu_seconds),
+        "items_per_second": num_items / float(seconds),
+        "tokens_per_item": measured["num_tokens"] / num_items,
+        "peak_memory_mib": measured["peak_memory_mib"],
+        "check": float(np.mean(measured["losses"])),
+    }
+
+
 def race(
     align_type: str, names: list[str], rounds: list[list[Row]], *, model_path: str, threads: int, **settings: Any
 ) -> dict[str, list[dict[str, float]]]:
@@ -259,19 +276,15 @@ def race(
             start = (threads, name, align_type, model_path, rounds[0][: settings["batch_size"]], settings)
             pool = ProcessPoolExecutor(1, get_context("spawn"), start_contestant, start)
             pools[name] = stack.enter_context(pool)
-        with_reference: dict[str, list[tuple[float, list[Row]]]] = {name: [] for name in names}
+        with_reference: dict[str, list[tuple[np.ndarray, list[Row]]]] = {name: [] for name in names}
         for rows in tqdm(rounds, unit="round", desc="reference"):
             for name, pool in pools.items():
                 with_reference[name].append(pool.submit(call_contestant, "add_reference", rows).result())
         for i in tqdm(range(len(rounds)), unit="round", desc="steps"):
-            losses = {}
+            measured = {}
             for name, pool in pools.items():
-                reference_seconds, rows = with_reference[name][i]
-                measured = pool.submit(call_contestant, "train", rows).result()
-                losses[name] = measured.pop("losses")
-                seconds = measured["step_seconds"] + reference_seconds
-                values = {"seconds": seconds, "items_per_second": len(rows) / seconds}
-                tokens = {"tokens_per_item": measured.pop("num_tokens") / len(rows)}
-                results[name].append({**values, **measured, **tokens, "check": float(np.mean(losses[name]))})
-            check_losses(losses)
+                reference_time, rows = with_reference[name][i]
+                measured[name] = pool.submit(call_contestant, "train", rows).result()
+                results[name].append(summarize_round(measured[name], reference_time, len(rows)))
+            check_losses({name: found["losses"] for name, found in measured.items()})
     return {name: history[1:] for name, history in results.items()}
