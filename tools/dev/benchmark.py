@@ -24,7 +24,6 @@ import ctypes
 import functools
 import gc
 import importlib.util
-import itertools
 import os
 import platform
 import re
@@ -39,11 +38,12 @@ from typing import Any
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process, one card
 
-import benchmark_alignment
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from benchmark_alignment import ALIGNMENT_CONTESTANTS, ALIGNMENT_MAX_LENGTH, run_alignment
+from benchmark_rounds import draw_rounds, find_files, format_race, summarize
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
@@ -53,7 +53,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, write_json
 from apo.figures import plot_bars
 from apo.records import load_preference_data
-from apo.run_files import format_table, git_commit
+from apo.run_files import git_commit
 from apo.tokenizer import RewardTokenizer, load_reward_tokenizer
 from apo.tree import choose_attention, common_prefix_length
 from arguments import RewardTrainingArguments
@@ -65,20 +65,16 @@ REPO_ROOT = Path(__file__).resolve().parents[2]
 CONTESTANTS = {
     "training": ["tree", "padded", "reference", "trl"],
     "scoring": ["tree", "padded", "reference", "padded_sorted"],
-    "alignment": list(dict.fromkeys(name for names in benchmark_alignment.CONTESTANTS.values() for name in names)),
+    "alignment": list(dict.fromkeys(name for names in ALIGNMENT_CONTESTANTS.values() for name in names)),
 }
 DEFAULT_WORKLOADS = {
     "training": ["hh_pairs", "apo_groups", "long_prompts"],
     "scoring": ["apo_groups"],
-    "alignment": ["dpo", "rrhf"],
+    "alignment": list(ALIGNMENT_CONTESTANTS),
 }
-WORKLOADS = {"hh_pairs": 512, "apo_groups": 512, "long_prompts": 2048, "dpo": 512, "rrhf": 512}  # longest sequences
+WORKLOADS = {"hh_pairs": 512, "apo_groups": 512, "long_prompts": 2048}  # and their longest sequences
+WORKLOADS |= dict.fromkeys(ALIGNMENT_CONTESTANTS, ALIGNMENT_MAX_LENGTH)
 LONG_PROMPT, SHORT_RESPONSE = 1500, 64  # tokens, of long_prompts
-RATIOS = {
-    "seconds": "first_is_faster",
-    "step_seconds": "first_is_faster_in_steps",
-    "cpu_seconds": "first_uses_less_cpu",
-}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 Row = dict[str, Any]  # of `tokenize_records`
@@ -91,15 +87,6 @@ def run_tool(name: str, *words: object, **flags: object) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-
-
-def find_files(data_dir: str) -> tuple[Path, Path, Path]:
-    """The files of an hh-split folder: human pairs, golden responses, sampled responses."""
-    folder = Path(data_dir, "rm_data")
-    sampled = sorted(folder.glob("hh_split_rm_*.sample.json"))
-    if not sampled:
-        raise InputError(f"{data_dir}: found no rm_data/hh_split_rm_*.sample.json; expected the hh-split layout")
-    return folder / "hh_split_rm.train.json", folder / "hh_split_rm.golden.json", sampled[0]
 
 
 def make_model(args: argparse.Namespace, output_dir: Path) -> str:
@@ -134,15 +121,6 @@ def lengthen_prompts(rows: Iterable[Row], num_tokens: int) -> Iterator[Row]:
             sizes = {key: row[key] + len(before) for key in ("length", "longest")}
             yield {**row, **sizes, "input_ids": [ids[:1] + before + ids[1:] for ids in row["input_ids"]]}
         context = (context + row["input_ids"][0][1:-1])[-num_tokens:]
-
-
-def draw_rounds(rows: Iterable[Row], num_rounds: int, num_items: int) -> list[list[Row]]:
-    """Divides rows into rounds of `num_items`; rows are repeated only if there are too few."""
-    drawn = list(itertools.islice(rows, num_rounds * num_items))
-    if len(drawn) < num_items:
-        raise InputError(f"--batch_size, --num_batches: found {len(drawn)} items, expected {num_items}; lower one")
-    endless = itertools.cycle(drawn)
-    return [list(itertools.islice(endless, num_items)) for _ in range(num_rounds)]
 
 
 class Contestant:
@@ -303,27 +281,6 @@ def race(contestants: list[Contestant], rounds: list[list[Row]], args: argparse.
     return {name: history[1:] for name, history in results.items()}
 
 
-def summarize(results: dict[str, list[dict]]) -> dict[str, dict[str, Any]]:
-    """Medians over the rounds, and the ratios of the times to those of the first contestant, within each round."""
-    base, *_ = results.values()
-    summary = {}
-    for name, rounds in results.items():
-        values: dict[str, Any] = {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
-        for key, ratio in RATIOS.items():
-            if key in rounds[0]:
-                ratios = [r[key] / b[key] for r, b in zip(rounds, base, strict=True)]
-                values |= {ratio: float(np.median(ratios)), f"{ratio}_range": [min(ratios), max(ratios)]}
-        summary[name] = {**values, "rounds": rounds}
-    return summary
-
-
-def format_race(summary: dict[str, dict[str, Any]]) -> str:
-    """The table of one workload; the ranges and rounds are in the file only."""
-    keys = [key for key, value in next(iter(summary.values())).items() if isinstance(value, float)]
-    rows = [(name, *(f"{values[key]:.5g}" for key in keys)) for name, values in summary.items()]
-    return format_table(("contestant", *keys), rows)
-
-
 def parse_args() -> argparse.Namespace:
     """Reads and checks the command line, and settles the defaults that depend on other flags."""
     data_dir = os.environ.get("HH_DATA_DIR") or str(REPO_ROOT / "data" / "sample")
@@ -370,17 +327,6 @@ def run_workload(name: str, args: argparse.Namespace, model_path: str, work_dir:
     loading = (model_path, tokenizer, settings, rounds[0], args)
     contestants = [Contestant(key, make_trainer(key, *loading), args.mode) for key in args.contestants]
     return summarize(race(contestants, rounds, args))
-
-
-def run_alignment(name: str, args: argparse.Namespace, model_path: str, work_dir: Path) -> dict[str, dict[str, Any]]:
-    """Loads the data of a workload of the LLM and measures its contestants."""
-    settings = {"max_length": args.max_length or WORKLOADS[name], "batch_size": args.batch_size}
-    settings |= {"model_path": model_path, "threads": args.threads, "output_dir": str(work_dir)}
-    pairs, *_ = find_files(args.data_dir)
-    rows = benchmark_alignment.iter_rows(name, pairs, model_path, settings["max_length"], args.seed)
-    rounds = draw_rounds(rows, 1 + args.rounds, args.batch_size * args.num_batches)
-    names = [key for key in args.contestants if key in benchmark_alignment.CONTESTANTS[name]]
-    return summarize(benchmark_alignment.race(name, names, rounds, **settings))
 
 
 @exit_on_input_error

@@ -14,6 +14,7 @@ own, which waits while another one works, so that the largest resident set is th
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -29,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from benchmark_rounds import draw_rounds, find_files, summarize
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -46,10 +48,11 @@ from apo.tree import batching_of, choose_attention
 from arguments import CommonTrainingArguments
 from models import load_config
 
-CONTESTANTS = {
+ALIGNMENT_CONTESTANTS = {
     "dpo": ["tree", "padded", "trl", "trl_precomputed", "trl_checkpointing"],
     "rrhf": ["tree", "padded", "padded_all_logits"],
 }
+ALIGNMENT_MAX_LENGTH = 512  # tokens, by default
 BETA = 0.1
 LEARNING_RATE = 1e-5  # moves the losses of DPO from log 2
 TOLERANCE = 1e-4  # of the losses of a step
@@ -288,3 +291,15 @@ def race(
                 results[name].append(summarize_round(measured[name], reference_time, len(rows)))
             check_losses({name: found["losses"] for name, found in measured.items()})
     return {name: history[1:] for name, history in results.items()}
+
+
+def run_alignment(name: str, args: argparse.Namespace, model_path: str, work_dir: Path) -> dict[str, dict[str, Any]]:
+    """Loads the data of a workload, `dpo` or `rrhf`, and measures its contestants."""
+    pairs, *_ = find_files(args.data_dir)
+    rows = iter_rows(name, pairs, model_path, args.max_length or ALIGNMENT_MAX_LENGTH, args.seed)
+    rounds = draw_rounds(rows, 1 + args.rounds, args.batch_size * args.num_batches)
+    settings = {"max_length": args.max_length or ALIGNMENT_MAX_LENGTH, "batch_size": args.batch_size}
+    settings |= {"model_path": model_path, "threads": args.threads, "output_dir": str(work_dir)}
+    return summarize(
+        race(name, [key for key in args.contestants if key in ALIGNMENT_CONTESTANTS[name]], rounds, **settings)
+    )

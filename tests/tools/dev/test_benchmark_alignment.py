@@ -4,16 +4,16 @@ import importlib.util
 import math
 
 import pytest
-from benchmark_alignment import CONTESTANTS, Contestant, add_responses, check_losses, iter_rows
+from benchmark_alignment import ALIGNMENT_CONTESTANTS, Contestant, add_responses, check_losses, iter_rows
+from benchmark_rounds import find_files
 from conftest import REPO_ROOT, command_line, read_json, run_tool
 
 from apo.records import PreferenceRecord
-from tools.dev.benchmark import find_files
 
 PAIRS = find_files(REPO_ROOT / "data" / "sample")[0]
 INSTALLED = {
     align_type: [name for name in names if not name.startswith("trl") or importlib.util.find_spec("trl")]
-    for align_type, names in CONTESTANTS.items()
+    for align_type, names in ALIGNMENT_CONTESTANTS.items()
 }
 
 
@@ -25,7 +25,7 @@ def test_each_prompt_gets_the_two_responses_of_the_next_one():
     assert len(set(first.scores)) == 4
 
 
-@pytest.mark.parametrize("align_type", CONTESTANTS)
+@pytest.mark.parametrize("align_type", ALIGNMENT_CONTESTANTS)
 def test_all_contestants_make_the_same_updates(tmp_path, base_llama, align_type):
     """Two updates with two items each; the tree runs fewer tokens than the rows."""
     rows = [row for row, _ in zip(iter_rows(align_type, PAIRS, str(base_llama), 96, 42), range(4), strict=False)]
