@@ -302,12 +302,18 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=42, help="of weights and order (default: 42)")
     args = parser.parse_args()
     args.workload = args.workload or DEFAULT_WORKLOADS[args.mode]
-    if (args.mode == "alignment") != set(args.workload).issubset(DEFAULT_WORKLOADS["alignment"]):
-        raise InputError(f"--workload {' '.join(args.workload)}: dpo and rrhf are of --mode alignment, others are not")
-    known = [name for name in CONTESTANTS[args.mode] if not name.startswith("trl") or importlib.util.find_spec("trl")]
+    of_mode = [name for name in WORKLOADS if (name in ALIGNMENT_CONTESTANTS) == (args.mode == "alignment")]
+    if not set(args.workload) <= set(of_mode):
+        raise InputError(f"--workload {' '.join(args.workload)}: --mode {args.mode} has {', '.join(of_mode)}")
+    has_trl = importlib.util.find_spec("trl") is not None
+    known = [name for name in CONTESTANTS[args.mode] if has_trl or not name.startswith("trl")]
     args.contestants = args.contestants or known
     if not set(args.contestants) <= set(known):
         raise InputError(f"--contestants {' '.join(args.contestants)}: --mode {args.mode} has {', '.join(known)}")
+    for name in args.workload:
+        names = ALIGNMENT_CONTESTANTS.get(name, known)
+        if not set(args.contestants) & set(names):
+            raise InputError(f"--contestants {' '.join(args.contestants)}: --workload {name} has {', '.join(names)}")
     return args
 
 

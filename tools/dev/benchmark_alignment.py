@@ -300,6 +300,5 @@ def run_alignment(name: str, args: argparse.Namespace, model_path: str, work_dir
     rounds = draw_rounds(rows, 1 + args.rounds, args.batch_size * args.num_batches)
     settings = {"max_length": args.max_length or ALIGNMENT_MAX_LENGTH, "batch_size": args.batch_size}
     settings |= {"model_path": model_path, "threads": args.threads, "output_dir": str(work_dir)}
-    return summarize(
-        race(name, [key for key in args.contestants if key in ALIGNMENT_CONTESTANTS[name]], rounds, **settings)
-    )
+    names = [key for key in args.contestants if key in ALIGNMENT_CONTESTANTS[name]]
+    return summarize(race(name, names, rounds, **settings))
