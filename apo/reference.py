@@ -64,7 +64,7 @@ def add_reference_logps(
             model = load_policy(path, config, dtype=dtype, attention=attention).eval().to(args.device)
             for i in missing:
                 with torch.autocast(args.device.type, compute_dtype, compute_dtype != dtype):
-                    rows = _compute(model, data_sets[i], args, token_budget(args, max_length))
+                    rows = compute_reference_logps(model, data_sets[i], args, token_budget(args, max_length))
                 if args.local_process_index == 0:
                     columns = [{"reference_logps": row} for row in rows]
                     cached_rows(paths[i], lambda columns=columns: columns, _features(), path)
@@ -91,7 +91,7 @@ def _features() -> datasets.Features:
 
 
 @torch.no_grad()
-def _compute(
+def compute_reference_logps(
     model: PreTrainedModel, dataset: datasets.Dataset, args: TrainingArguments, budget: int
 ) -> list[list[float]]:
     """Returns the log-probabilities of all records, in order, on every process; each runs its share of the batches."""

@@ -2,6 +2,7 @@
 
     python tools/dev/benchmark.py --output_dir outputs/benchmark --threads 2
     python tools/dev/benchmark.py --mode scoring --output_dir outputs/benchmark_scoring --threads 2
+    python tools/dev/benchmark.py --mode alignment --output_dir outputs/benchmark_alignment --threads 2
 
     tree           every prefix that sequences of a batch share is computed once, nothing is padded
     padded         a row per response, padded to the longest of the batch; batches in the order of the data
@@ -12,8 +13,8 @@
 All have the same weights, data, precision, AdamW and pooling, and run the `training_step` or `predict` of a Trainer,
 data loading included; schedule, logging, checkpoints and tokenising are left out. A prompt with several pairs is one
 item for `tree`; for the others its pairs are shuffled and accumulated, so that all make the same updates. The learning
-rate is 0, so that "check", the mean loss or reward, shows that all compute the same function. Linux only. The numbers
-are explained in docs/performance.md.
+rate is 0, so that "check", the mean loss or reward, shows that all compute the same function. The mode `alignment`, of
+the LLM, is described in `benchmark_alignment.py`. Linux only. The numbers are explained in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import ctypes
 import functools
 import gc
 import importlib.util
-import itertools
 import os
 import platform
 import re
@@ -42,6 +42,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from benchmark_alignment import ALIGNMENT_CONTESTANTS, ALIGNMENT_MAX_LENGTH, run_alignment
+from benchmark_rounds import draw_rounds, find_files, format_race, summarize
 from datasets import Dataset, disable_progress_bars
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
@@ -51,7 +53,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, Trainer
 from apo.cli import InputError, OneLineParser, at_least, exit_on_input_error, write_json
 from apo.figures import plot_bars
 from apo.records import load_preference_data
-from apo.run_files import format_table, git_commit
+from apo.run_files import git_commit
 from apo.tokenizer import RewardTokenizer, load_reward_tokenizer
 from apo.tree import choose_attention, common_prefix_length
 from arguments import RewardTrainingArguments
@@ -63,8 +65,15 @@ REPO_ROOT = Path(__file__).resolve().parents[2]
 CONTESTANTS = {
     "training": ["tree", "padded", "reference", "trl"],
     "scoring": ["tree", "padded", "reference", "padded_sorted"],
+    "alignment": list(dict.fromkeys(name for names in ALIGNMENT_CONTESTANTS.values() for name in names)),
+}
+DEFAULT_WORKLOADS = {
+    "training": ["hh_pairs", "apo_groups", "long_prompts"],
+    "scoring": ["apo_groups"],
+    "alignment": list(ALIGNMENT_CONTESTANTS),
 }
 WORKLOADS = {"hh_pairs": 512, "apo_groups": 512, "long_prompts": 2048}  # and their longest sequences
+WORKLOADS |= dict.fromkeys(ALIGNMENT_CONTESTANTS, ALIGNMENT_MAX_LENGTH)
 LONG_PROMPT, SHORT_RESPONSE = 1500, 64  # tokens, of long_prompts
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -78,15 +87,6 @@ def run_tool(name: str, *words: object, **flags: object) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise InputError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
-
-
-def find_files(data_dir: str) -> tuple[Path, Path, Path]:
-    """The files of an hh-split folder: human pairs, golden responses, sampled responses."""
-    folder = Path(data_dir, "rm_data")
-    sampled = sorted(folder.glob("hh_split_rm_*.sample.json"))
-    if not sampled:
-        raise InputError(f"{data_dir}: found no rm_data/hh_split_rm_*.sample.json; expected the hh-split layout")
-    return folder / "hh_split_rm.train.json", folder / "hh_split_rm.golden.json", sampled[0]
 
 
 def make_model(args: argparse.Namespace, output_dir: Path) -> str:
@@ -121,15 +121,6 @@ def lengthen_prompts(rows: Iterable[Row], num_tokens: int) -> Iterator[Row]:
             sizes = {key: row[key] + len(before) for key in ("length", "longest")}
             yield {**row, **sizes, "input_ids": [ids[:1] + before + ids[1:] for ids in row["input_ids"]]}
         context = (context + row["input_ids"][0][1:-1])[-num_tokens:]
-
-
-def draw_rounds(rows: Iterable[Row], num_rounds: int, num_items: int) -> list[list[Row]]:
-    """Divides rows into rounds of `num_items`; rows are repeated only if there are too few."""
-    drawn = list(itertools.islice(rows, num_rounds * num_items))
-    if len(drawn) < num_items:
-        raise InputError(f"--batch_size, --num_batches: found {len(drawn)} items, expected {num_items}; lower one")
-    endless = itertools.cycle(drawn)
-    return [list(itertools.islice(endless, num_items)) for _ in range(num_rounds)]
 
 
 class Contestant:
@@ -290,28 +281,6 @@ def race(contestants: list[Contestant], rounds: list[list[Row]], args: argparse.
     return {name: history[1:] for name, history in results.items()}
 
 
-def summarize(results: dict[str, list[dict]]) -> dict[str, dict[str, Any]]:
-    """Medians over the rounds, and the ratio of the seconds to those of the first contestant, within each round."""
-    base, *_ = results.values()
-    summary = {}
-    for name, rounds in results.items():
-        ratios = [r["seconds"] / b["seconds"] for r, b in zip(rounds, base, strict=True)]
-        summary[name] = {
-            **{key: float(np.median([r[key] for r in rounds])) for key in rounds[0]},
-            "first_is_faster": float(np.median(ratios)),
-            "first_is_faster_range": [min(ratios), max(ratios)],
-            "rounds": rounds,
-        }
-    return summary
-
-
-def format_race(summary: dict[str, dict[str, Any]]) -> str:
-    """The table of one workload; the ranges and rounds are in the file only."""
-    keys = [key for key, value in next(iter(summary.values())).items() if isinstance(value, float)]
-    rows = [(name, *(f"{values[key]:.5g}" for key in keys)) for name, values in summary.items()]
-    return format_table(("contestant", *keys), rows)
-
-
 def parse_args() -> argparse.Namespace:
     """Reads and checks the command line, and settles the defaults that depend on other flags."""
     data_dir = os.environ.get("HH_DATA_DIR") or str(REPO_ROOT / "data" / "sample")
@@ -319,7 +288,7 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--output_dir", required=True, help="folder for benchmark.json and benchmark.png")
     add("--mode", choices=CONTESTANTS, default="training", help="what to measure (default: training)")
-    add("--workload", nargs="+", choices=WORKLOADS, help="default: all in training, apo_groups in scoring")
+    add("--workload", nargs="+", choices=WORKLOADS, help="default: apo_groups in scoring, else all of the mode")
     add("--contestants", nargs="+", help="the first is compared with the others (default: all, trl if installed)")
     add("--data_dir", default=data_dir, help="default: HH_DATA_DIR, else data/sample")
     add("--model_name_or_path", help="a LLaMA with its tokenizer (default: random, its tokenizer trained on the data)")
@@ -332,11 +301,19 @@ def parse_args() -> argparse.Namespace:
     add("--threads", type=at_least(1), default=torch.get_num_threads(), help="CPU threads (default: torch's)")
     add("--seed", type=int, default=42, help="of weights and order (default: 42)")
     args = parser.parse_args()
-    args.workload = args.workload or (["apo_groups"] if args.mode == "scoring" else list(WORKLOADS))
-    known = [name for name in CONTESTANTS[args.mode] if name != "trl" or importlib.util.find_spec(name)]
+    args.workload = args.workload or DEFAULT_WORKLOADS[args.mode]
+    of_mode = [name for name in WORKLOADS if (name in ALIGNMENT_CONTESTANTS) == (args.mode == "alignment")]
+    if not set(args.workload) <= set(of_mode):
+        raise InputError(f"--workload {' '.join(args.workload)}: --mode {args.mode} has {', '.join(of_mode)}")
+    has_trl = importlib.util.find_spec("trl") is not None
+    known = [name for name in CONTESTANTS[args.mode] if has_trl or not name.startswith("trl")]
     args.contestants = args.contestants or known
     if not set(args.contestants) <= set(known):
         raise InputError(f"--contestants {' '.join(args.contestants)}: --mode {args.mode} has {', '.join(known)}")
+    for name in args.workload:
+        names = ALIGNMENT_CONTESTANTS.get(name, known)
+        if not set(args.contestants) & set(names):
+            raise InputError(f"--contestants {' '.join(args.contestants)}: --workload {name} has {', '.join(names)}")
     return args
 
 
@@ -369,11 +346,11 @@ def main() -> None:
     packages = {name: version(name) for name in ("torch", "transformers", "trl") if importlib.util.find_spec(name)}
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else platform.processor() or "cpu"
     machine = {"device": device, "dtype": str(DTYPE), "packages": packages, "commit": git_commit()}
-    summaries = {}
+    summaries, run = {}, run_alignment if args.mode == "alignment" else run_workload
     with tempfile.TemporaryDirectory() as folder:
         model_path = args.model_name_or_path or make_model(args, Path(folder, "model"))
         for name in args.workload:
-            summaries[name] = run_workload(name, args, model_path, Path(folder))
+            summaries[name] = run(name, args, model_path, Path(folder))
             print(f"\n{name}, micro-batches of {args.batch_size}\n\n{format_race(summaries[name])}", flush=True)
     numbers, figure = (Path(args.output_dir, f"benchmark.{suffix}") for suffix in ("json", "png"))
     write_json(numbers, {"flags": vars(args), "machine": machine, "results": summaries})

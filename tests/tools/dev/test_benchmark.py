@@ -154,6 +154,11 @@ def test_all_ways_to_score_give_the_same_mean_reward(tmp_path, monkeypatch):
     ("flags", "message"),
     [
         ({"mode": "scoring", "contestants": ["trl"]}, "--contestants trl: --mode scoring has tree, padded"),
+        ({"workload": ["hh_pairs", "dpo"]}, "--workload hh_pairs dpo: --mode training has hh_pairs, apo_groups, long"),
+        (
+            {"mode": "alignment", "contestants": ["padded_all_logits"]},
+            "--contestants padded_all_logits: --workload dpo has tree, padded, trl",
+        ),
         ({"hidden_size": 200}, "--hidden_size 200 --num_heads 3: expected a hidden size"),  # of make_tiny_llama
     ],
 )
