@@ -197,7 +197,7 @@ def imported_packages() -> set[str]:
         *REPO_ROOT.glob("*.py"),
         *(p for name in ("apo", "tools", "tests") for p in (REPO_ROOT / name).rglob("*.py")),
     ]
-    own = {"apo", "tools", *(path.stem for path in paths if path.parent.name in (REPO_ROOT.name, "tests"))}
+    own = {"apo", "tools", *(path.stem for path in paths if path.parent.name in (REPO_ROOT.name, "tests", "dev"))}
     names = set()
     for path in paths:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
