@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The game of SmolLM2-135M-Instruct on real data, and its control: configs/game_smollm2.yaml. Hours on one core; the same
-# command goes on after any kill. Environment:
+# The game of SmolLM2-135M-Instruct on real data, and its control: configs/game_smollm2.yaml. It has not been played to its
+# end yet and may take a day on one core; the same command goes on after any kill. Environment:
 #   HH_DATA_DIR  real data in the layout of docs/data.md   (default: data/hh-split)
 # shellcheck source=/dev/null
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
